@@ -1,0 +1,1 @@
+"""klong_jax: train LLM agents for extremely long-horizon tasks on JAX."""

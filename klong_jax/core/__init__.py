@@ -1,0 +1,1 @@
+"""The nouns of the recipe: standard library and numpy only."""

@@ -1,0 +1,248 @@
+"""What an agent did: turns, the windows they were seen through, and the trajectory as a whole.
+
+The tokens of a trajectory form one *stream*: the concatenation of every turn's suffix and output.
+A window is a view of that stream: the pinned prefix followed by one contiguous stretch of later
+tokens. So windows are stored as three positions and materialised on demand.
+"""
+
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from klong_jax.core.message import Message, ToolCall
+
+
+class Status(StrEnum):
+    """How a rollout ended, or that it has not."""
+
+    DONE = "done"
+    TIMEOUT = "timeout"
+    SUSPENDED = "suspended"
+    INFRA_FAILED = "infra_failed"
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One assistant turn and what the environment said before it.
+
+    Attributes:
+        suffix_ids: Environment tokens since the last output, the generation prompt included.
+        output_ids: The tokens sampled.
+        logprobs: Log-probability of each output token under the policy that sampled it; empty for
+            demonstrations, whose policy is unknown.
+        spans: (first output position, policy version) pairs, ascending, the first at 0.
+        finish_reason: "stop" when the model ended its turn, "length" when it was cut.
+        tool_calls: The calls that were parsed out of the output.
+        gen_s: Active seconds of generation.
+        tool_s: Active seconds of the tools that the turn called.
+        wait_s: Seconds waited in queues, not active.
+    """
+
+    suffix_ids: tuple[int, ...]
+    output_ids: tuple[int, ...]
+    logprobs: tuple[float, ...] = ()
+    spans: tuple[tuple[int, int], ...] = ((0, 0),)
+    finish_reason: str = "stop"
+    tool_calls: tuple[ToolCall, ...] = ()
+    gen_s: float = 0.0
+    tool_s: float = 0.0
+    wait_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.logprobs and len(self.logprobs) != len(self.output_ids):
+            raise ValueError(
+                f"a turn has {len(self.output_ids)} output tokens but {len(self.logprobs)} logprobs"
+            )
+
+    @staticmethod
+    def from_json(value: dict[str, Any]) -> "Turn":
+        """Reads what `dataclasses.asdict` wrote."""
+        return Turn(
+            suffix_ids=tuple(value["suffix_ids"]),
+            output_ids=tuple(value["output_ids"]),
+            logprobs=tuple(value["logprobs"]),
+            spans=tuple((start, version) for start, version in value["spans"]),
+            finish_reason=value["finish_reason"],
+            tool_calls=tuple(ToolCall.from_json(call) for call in value["tool_calls"]),
+            gen_s=value["gen_s"],
+            tool_s=value["tool_s"],
+            wait_s=value["wait_s"],
+        )
+
+
+@dataclass(frozen=True)
+class WindowSpan:
+    """Where a window lies in its trajectory's stream.
+
+    The window's tokens are `stream[:prefix_len] + stream[keep_from:end]`; output tokens from
+    `fresh_from` on are trained here, earlier ones are context that another window trains.
+    """
+
+    prefix_len: int
+    keep_from: int
+    fresh_from: int
+    end: int
+
+    def __post_init__(self) -> None:
+        if not self.prefix_len <= self.keep_from <= self.end or not self.fresh_from <= self.end:
+            raise ValueError(f"window positions out of order: {self}")
+
+    @property
+    def length(self) -> int:
+        """Tokens in the window."""
+        return self.prefix_len + self.end - self.keep_from
+
+
+@dataclass(frozen=True, eq=False)
+class Window:
+    """What the model saw and did between two cuts of its context; arrays of one length.
+
+    Attributes:
+        index: Position among the trajectory's windows.
+        prefix_len: Tokens of the pinned prefix at the front.
+        tokens: int32 token ids.
+        trained_mask: True where the token was sampled and is trained in this window.
+        behaviour_logprobs: float32, zero where not sampled.
+        policy_version: int32, the version that sampled the token, -1 where not sampled.
+    """
+
+    index: int
+    prefix_len: int
+    tokens: np.ndarray
+    trained_mask: np.ndarray
+    behaviour_logprobs: np.ndarray
+    policy_version: np.ndarray
+
+    def __post_init__(self) -> None:
+        lengths = {
+            len(array)
+            for array in (
+                self.tokens,
+                self.trained_mask,
+                self.behaviour_logprobs,
+                self.policy_version,
+            )
+        }
+        if len(lengths) != 1:
+            raise ValueError(f"window {self.index} has token fields of lengths {sorted(lengths)}")
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """One attempt of an agent at a task.
+
+    Attributes:
+        trajectory_id: Unique name; for a rollout, request id and attempt.
+        task_id: The task attempted.
+        messages: The conversation as text.
+        turns: The conversation as tokens; empty for a recording that was never tokenised.
+        spans: The windows through which the model saw it.
+        status: How it ended.
+        active_s: Active seconds used.
+        failures: Failure category to count.
+        artifact_hash: Hash of the workspace left behind, empty if none was taken.
+        pinned_messages: Messages at the front that every window keeps.
+    """
+
+    trajectory_id: str
+    task_id: str
+    messages: tuple[Message, ...]
+    turns: tuple[Turn, ...]
+    spans: tuple[WindowSpan, ...]
+    status: Status
+    active_s: float
+    failures: dict[str, int]
+    artifact_hash: str = ""
+    pinned_messages: int = 0
+
+    @property
+    def assistant_turns(self) -> int:
+        """How often the agent spoke."""
+        return sum(message.role == "assistant" for message in self.messages)
+
+    @cached_property
+    def _stream(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        return token_stream(self.turns)
+
+    @property
+    def stream_len(self) -> int:
+        """Tokens of the whole interaction, each counted once."""
+        return len(self._stream[0])
+
+    def windows(self) -> tuple[Window, ...]:
+        """The windows, materialised."""
+        return tuple(cut_window(i, span, *self._stream) for i, span in enumerate(self.spans))
+
+    def to_json(self) -> dict[str, Any]:
+        """The trajectory as a JSON object."""
+        value = asdict(self)
+        value["messages"] = [message.to_json() for message in self.messages]
+        return value
+
+    @staticmethod
+    def from_json(value: dict[str, Any]) -> "Trajectory":
+        """Reads what `to_json` wrote."""
+        return Trajectory(
+            trajectory_id=value["trajectory_id"],
+            task_id=value["task_id"],
+            messages=tuple(Message.from_json(message) for message in value["messages"]),
+            turns=tuple(Turn.from_json(turn) for turn in value["turns"]),
+            spans=tuple(WindowSpan(**span) for span in value["spans"]),
+            status=Status(value["status"]),
+            active_s=value["active_s"],
+            failures=dict(value["failures"]),
+            artifact_hash=value["artifact_hash"],
+            pinned_messages=value["pinned_messages"],
+        )
+
+
+def token_stream(
+    turns: tuple[Turn, ...],
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Lays turns end to end.
+
+    Returns:
+        tokens int32, sampled bool, logprobs float32, policy versions int32; one length.
+    """
+    tokens: list[int] = []
+    sampled: list[bool] = []
+    logprobs: list[float] = []
+    versions: list[int] = []
+    for turn in turns:
+        quiet, spoken = len(turn.suffix_ids), len(turn.output_ids)
+        tokens += turn.suffix_ids + turn.output_ids
+        sampled += [False] * quiet + [True] * spoken
+        logprobs += [0.0] * quiet + list(turn.logprobs or [0.0] * spoken)
+        versions += [-1] * quiet
+        starts = [start for start, _ in turn.spans] + [spoken]
+        for (start, version), end in zip(turn.spans, starts[1:], strict=True):
+            versions += [version] * (end - start)
+    return (
+        np.array(tokens, np.int32),
+        np.array(sampled, bool),
+        np.array(logprobs, np.float32),
+        np.array(versions, np.int32),
+    )
+
+
+def cut_window(
+    index: int,
+    span: WindowSpan,
+    tokens: np.ndarray,
+    sampled: np.ndarray,
+    logprobs: np.ndarray,
+    versions: np.ndarray,
+) -> Window:
+    """Materialises one window of a stream."""
+    view = np.r_[0 : span.prefix_len, span.keep_from : span.end]
+    return Window(
+        index=index,
+        prefix_len=span.prefix_len,
+        tokens=tokens[view],
+        trained_mask=sampled[view] & (view >= span.fresh_from),
+        behaviour_logprobs=logprobs[view],
+        policy_version=versions[view],
+    )

@@ -1,0 +1,148 @@
+"""What travels between client and service: specs, requests and results, with their validation."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+
+from sandbox.errors import SandboxRefused
+
+MB = 1_000_000
+
+Isolation = Literal["bubblewrap", "none", "docker"]
+
+_STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+_Text = Annotated[str, Field(pattern=r"^[^\x00]*$")]
+_Name = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+Env = Mapping[_Name, _Text]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one sandbox may use."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+
+    cpus: Annotated[float, Field(ge=0.05)] = 1.0
+    """CPU cores, shared by all commands of the sandbox."""
+    memory_mb: Annotated[int, Field(ge=16)] = 2048
+    """Megabytes (10^6 bytes) of memory, swap included."""
+    pids: Annotated[int, Field(ge=8)] = 256
+    """Processes and threads alive at once, the sandbox's own few included."""
+    files_mb: Annotated[int, Field(ge=1)] = 1024
+    """Megabytes of the largest file a command may write, and of the largest transfer."""
+    output_bytes: Annotated[int, Field(ge=256)] = 262_144
+    """Bytes kept of each of stdout and stderr; the middle of a longer output is left out."""
+
+
+@dataclass(frozen=True)
+class SandboxSpec:
+    """What a sandbox should be.
+
+    Attributes:
+        image: Docker image, or None for the backend's default; the local backend has no images.
+        limits: What its commands may use together.
+        env: Environment variables of every command.
+        labels: Free text kept with the sandbox and shown in listings.
+        lifetime_s: Seconds after which the service removes it.
+        network: Whether its commands may reach the network.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+
+    image: str | None = None
+    limits: Limits = field(default_factory=Limits)
+    env: Env = field(default_factory=dict)
+    labels: Mapping[str, str] = field(default_factory=dict)
+    lifetime_s: Annotated[float, Field(gt=0)] = 86_400.0
+    network: bool = False
+
+
+@dataclass(frozen=True)
+class SandboxInfo:
+    """A sandbox as the service sees it; times are Unix seconds."""
+
+    id: str
+    backend: str
+    isolation: Isolation
+    created_at: float
+    expires_at: float
+    spec: SandboxSpec
+
+
+@dataclass(frozen=True)
+class ExecRequest:
+    """One command, run by `sh -c` in the workspace.
+
+    Attributes:
+        command: Shell text.
+        timeout_s: Seconds until the command and everything it started are killed.
+        cwd: Directory relative to the workspace.
+        env: Variables on top of the sandbox's.
+        stdin: Text given on standard input.
+        output_bytes: Bytes kept of each stream; None takes the sandbox's limit, and may only
+            be smaller than it.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+
+    command: _Text
+    timeout_s: Annotated[float, Field(gt=0)] = 60.0
+    cwd: str = "."
+    env: Env = field(default_factory=dict)
+    stdin: str = ""
+    output_bytes: Annotated[int, Field(ge=256)] | None = None
+
+
+@dataclass(frozen=True)
+class ExecResult:
+    """How a command ended.
+
+    Attributes:
+        exit_code: Exit status, 128 + n when ended by signal n; None when timed out.
+        stdout: Kept text, with one marker line in place of a left-out middle.
+        stderr: The same for standard error.
+        timed_out: Whether it was killed at `timeout_s`.
+        duration_s: Wall-clock seconds, measured by the service.
+        stdout_bytes: Bytes printed, kept or not.
+        stderr_bytes: The same for standard error.
+    """
+
+    exit_code: int | None
+    stdout: str
+    stderr: str
+    timed_out: bool
+    duration_s: float
+    stdout_bytes: int
+    stderr_bytes: int
+
+
+T = TypeVar("T")
+_ADAPTERS: dict[type[Any], TypeAdapter[Any]] = {
+    cls: TypeAdapter(cls) for cls in (SandboxSpec, SandboxInfo, ExecRequest, ExecResult)
+}
+
+
+def parse(cls: type[T], body: str | bytes) -> T:
+    """Reads one of this module's dataclasses from JSON text.
+
+    Raises:
+        SandboxRefused: the text is not such an object; the message names the first bad field.
+    """
+    try:
+        value: T = _ADAPTERS[cls].validate_json(body)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(str(part) for part in first["loc"]) or "the request body"
+        raise SandboxRefused(f"{place}: {first['msg']}.") from None
+    return value
+
+
+def to_json(value: Any) -> dict[str, Any]:
+    """The plain dict of one of this module's dataclasses, for JSON."""
+    return dataclasses.asdict(value)

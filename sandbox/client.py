@@ -1,0 +1,251 @@
+"""The client: one connection pool, sandboxes as objects, errors as exceptions."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any, Self
+
+import aiohttp
+
+from sandbox.api import ExecRequest, ExecResult, Limits, SandboxInfo, SandboxSpec, parse, to_json
+from sandbox.errors import (
+    BY_KIND,
+    SandboxError,
+    SandboxFileMissing,
+    SandboxGone,
+    SandboxRefused,
+    SandboxTooLarge,
+    SandboxUnauthorised,
+    SandboxUnavailable,
+)
+
+__all__ = [
+    "ExecResult",
+    "Limits",
+    "Sandbox",
+    "SandboxClient",
+    "SandboxError",
+    "SandboxFileMissing",
+    "SandboxGone",
+    "SandboxInfo",
+    "SandboxRefused",
+    "SandboxSpec",
+    "SandboxTooLarge",
+    "SandboxUnauthorised",
+    "SandboxUnavailable",
+    "tar_of",
+]
+
+# Past a command's own deadline: time to kill it and to answer.
+_GRACE_S = 60.0
+
+
+class SandboxClient:
+    """A sandbox service; open it with `async with`.
+
+    Every method raises a `SandboxError`: `SandboxRefused` for bad input, `SandboxGone` for a
+    sandbox that is no more, `SandboxUnavailable` when the service does not answer.
+    """
+
+    def __init__(self, base_url: str, token: str | None = None) -> None:
+        """Describes the service; nothing connects before the first request."""
+        self.base_url = base_url.rstrip("/")
+        self._headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+        self._session: aiohttp.ClientSession | None = None
+
+    async def __aenter__(self) -> Self:
+        """Opens the connection pool."""
+        self._pool()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Closes the connection pool."""
+        await self.close()
+
+    async def close(self) -> None:
+        """Closes the connection pool; sandboxes live on."""
+        if self._session is not None:
+            await self._session.close()
+            self._session = None
+
+    async def health(self) -> dict[str, Any]:
+        """What the service says of itself."""
+        answer: dict[str, Any] = json.loads(await self._request("GET", "/health"))
+        return answer
+
+    async def create(self, spec: SandboxSpec | None = None) -> Sandbox:
+        """Makes a sandbox; without a spec, one with the default limits."""
+        body = json.dumps(to_json(spec or SandboxSpec())).encode()
+        return Sandbox(self, parse(SandboxInfo, await self._request("POST", "/sandboxes", body)))
+
+    async def attach(self, sandbox_id: str) -> Sandbox:
+        """A sandbox that was created earlier, perhaps by another process."""
+        answer = await self._request("GET", f"/sandboxes/{sandbox_id}")
+        return Sandbox(self, parse(SandboxInfo, answer))
+
+    async def list(self) -> list[SandboxInfo]:
+        """Every sandbox of the service."""
+        answer = json.loads(await self._request("GET", "/sandboxes"))
+        return [parse(SandboxInfo, json.dumps(info)) for info in answer["sandboxes"]]
+
+    def _pool(self) -> aiohttp.ClientSession:
+        if self._session is None:
+            # No cap on connections: every running command holds one. No total deadline either:
+            # an upload takes as long as it takes.
+            self._session = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit=0),
+                timeout=aiohttp.ClientTimeout(total=None, sock_connect=10),
+                headers=self._headers,
+            )
+        return self._session
+
+    async def _request(
+        self,
+        method: str,
+        path: str,
+        body: bytes | None = None,
+        *,
+        query: Mapping[str, str] | None = None,
+        timeout_s: float | None = None,
+    ) -> bytes:
+        timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=10)
+        try:
+            async with self._pool().request(
+                method, self.base_url + path, data=body, params=query, timeout=timeout
+            ) as response:
+                data = await response.read()
+        except (aiohttp.ClientError, TimeoutError) as error:
+            raise SandboxUnavailable(
+                f"the sandbox service at {self.base_url} does not answer "
+                f"({error or type(error).__name__})."
+            ) from error
+        if response.status >= 400:
+            raise _error(response.status, data)
+        return data
+
+
+class Sandbox:
+    """One sandbox; leaving its `async with` removes it."""
+
+    def __init__(self, client: SandboxClient, info: SandboxInfo) -> None:
+        """Wraps a sandbox that exists."""
+        self.info = info
+        self._client = client
+        self._path = f"/sandboxes/{info.id}"
+
+    @property
+    def id(self) -> str:
+        """The sandbox's id, for `SandboxClient.attach`."""
+        return self.info.id
+
+    async def __aenter__(self) -> Self:
+        """The sandbox itself."""
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Removes the sandbox."""
+        await self.close()
+
+    async def exec(
+        self,
+        command: str,
+        *,
+        timeout_s: float = 60.0,
+        cwd: str = ".",
+        env: Mapping[str, str] | None = None,
+        stdin: str = "",
+        output_bytes: int | None = None,
+    ) -> ExecResult:
+        """Runs `sh -c command` in the workspace; what it leaves running is killed with it.
+
+        Args:
+            command: Shell text.
+            timeout_s: Seconds until it is killed; the result then says `timed_out`.
+            cwd: Directory relative to the workspace.
+            env: Variables on top of the sandbox's.
+            stdin: Text on standard input.
+            output_bytes: Bytes kept of each stream; None is the sandbox's limit.
+
+        Returns:
+            The result, whatever the exit code: a failing command is no error.
+        """
+        request = ExecRequest(
+            command=command,
+            timeout_s=timeout_s,
+            cwd=cwd,
+            env=env or {},
+            stdin=stdin,
+            output_bytes=output_bytes,
+        )
+        answer = await self._client._request(
+            "POST",
+            f"{self._path}/exec",
+            json.dumps(to_json(request)).encode(),
+            timeout_s=timeout_s + _GRACE_S,
+        )
+        # The service is trusted and this is the hot path: no validation.
+        return ExecResult(**json.loads(answer))
+
+    async def write(self, path: str, data: bytes | str) -> None:
+        """Replaces one file, with the directories above it; text is written as UTF-8."""
+        body = data.encode() if isinstance(data, str) else data
+        await self._client._request("PUT", f"{self._path}/files", body, query={"path": path})
+
+    async def read(self, path: str) -> bytes:
+        """The bytes of one regular file.
+
+        Raises:
+            SandboxFileMissing: there is no such file.
+            SandboxRefused: it is no regular file, or lies outside of the workspace.
+        """
+        return await self._client._request("GET", f"{self._path}/files", query={"path": path})
+
+    async def upload_tree(self, tree: bytes | Mapping[str, bytes | str]) -> None:
+        """Writes an uncompressed tar, or files by path, over the workspace."""
+        body = tree if isinstance(tree, bytes) else tar_of(tree)
+        await self._client._request("PUT", f"{self._path}/archive", body)
+
+    async def download_tree(self) -> bytes:
+        """The workspace as a tar: equal trees give equal bytes."""
+        return await self._client._request("GET", f"{self._path}/archive")
+
+    async def close(self) -> None:
+        """Removes the sandbox; one already gone is no error."""
+        await self._client._request("DELETE", self._path)
+
+
+def tar_of(files: Mapping[str, bytes | str]) -> bytes:
+    """An uncompressed tar of files by path; text is written as UTF-8."""
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", format=tarfile.GNU_FORMAT) as tar:
+        for path, content in sorted(files.items()):
+            data = content.encode() if isinstance(content, str) else content
+            member = tarfile.TarInfo(path)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return out.getvalue()
+
+
+def _error(status: int, data: bytes) -> SandboxError:
+    try:
+        answer = json.loads(data)
+        return BY_KIND[answer["kind"]](answer["error"])
+    except (ValueError, KeyError, TypeError):
+        if status == 500:
+            return SandboxError("the sandbox service failed; its log says why.")
+        # Not this service's answer: a proxy's, or another program's on that port.
+        return SandboxUnavailable(f"the answer has status {status} and is not the service's.")

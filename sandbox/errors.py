@@ -1,0 +1,69 @@
+"""The errors of the sandbox, the same on both sides of the wire.
+
+The service answers `{"error": sentence, "kind": kind}`; the client raises the class of that kind.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class SandboxError(Exception):
+    """A sandbox operation failed; `str(error)` is one sentence for a person."""
+
+    kind: ClassVar[str] = "failed"
+    status: ClassVar[int] = 500
+
+
+class SandboxRefused(SandboxError):
+    """The request is malformed or not allowed; sending it again will not help."""
+
+    kind = "refused"
+    status = 400
+
+
+class SandboxTooLarge(SandboxRefused):
+    """A file or a tree is over the sandbox's size limit."""
+
+    kind = "too_large"
+    status = 413
+
+
+class SandboxUnauthorised(SandboxRefused):
+    """The bearer token is missing or wrong."""
+
+    kind = "unauthorised"
+    status = 401
+
+
+class SandboxFileMissing(SandboxError):
+    """The sandbox exists and has no such file."""
+
+    kind = "file_missing"
+    status = 404
+
+
+class SandboxGone(SandboxError):
+    """The sandbox does not exist: never created, closed, expired, or lost with its service."""
+
+    kind = "gone"
+    status = 410
+
+
+class SandboxUnavailable(SandboxError):
+    """The service or its backend cannot be reached now; trying again later may help."""
+
+    kind = "unavailable"
+    status = 503
+
+
+_CLASSES: tuple[type[SandboxError], ...] = (
+    SandboxError,
+    SandboxRefused,
+    SandboxTooLarge,
+    SandboxUnauthorised,
+    SandboxFileMissing,
+    SandboxGone,
+    SandboxUnavailable,
+)
+BY_KIND: dict[str, type[SandboxError]] = {cls.kind: cls for cls in _CLASSES}

@@ -1,0 +1,36 @@
+"""Keeps the head and the tail of a stream in bounded memory and counts the rest."""
+
+from __future__ import annotations
+
+
+class HeadTail:
+    """Collects a stream of bytes of any length in at most about two times `limit` bytes."""
+
+    def __init__(self, limit: int) -> None:
+        """Keeps at most `limit` bytes of what is fed."""
+        self.total = 0
+        self._head_size = limit // 2
+        self._tail_size = limit - self._head_size
+        self._head = bytearray()
+        self._tail = bytearray()
+
+    def feed(self, data: bytes) -> None:
+        """Adds the next bytes of the stream."""
+        self.total += len(data)
+        room = self._head_size - len(self._head)
+        if room > 0:
+            self._head += data[:room]
+            data = data[room:]
+        self._tail += data[-self._tail_size :]
+        # Trimming only at twice the size makes the cost a byte constant.
+        if len(self._tail) > 2 * self._tail_size:
+            del self._tail[: -self._tail_size]
+
+    def text(self) -> str:
+        """What was kept, as text, with a marker line where bytes were left out."""
+        tail = self._tail[-self._tail_size :]
+        left_out = self.total - len(self._head) - len(tail)
+        if left_out == 0:
+            return (self._head + tail).decode("utf-8", "replace")
+        marker = f"\n[... {left_out} bytes left out ...]\n"
+        return self._head.decode("utf-8", "replace") + marker + tail.decode("utf-8", "replace")

@@ -1,0 +1,105 @@
+"""Who owns what in the state directory, so that a service can reap what a killed one left.
+
+    STATE_DIR/<pid>-<start time>/<sandbox id>/...
+
+A service is named by its process id and the kernel's start time of that process, so a reused
+id is not mistaken for it. Its directory outlives it only when it was killed.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from sandbox.errors import SandboxUnavailable
+
+
+def default_state_dir() -> Path:
+    """A directory of this user in the temporary one; not `$XDG_RUNTIME_DIR`, which is memory."""
+    return Path(tempfile.gettempdir()) / f"klong-sandbox-{os.getuid()}"
+
+
+def start_time(pid: int) -> str | None:
+    """The start time of a live process in clock ticks since boot; None when there is none."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    # The command name may hold spaces and brackets; the fields after its last ")" do not.
+    fields = stat.rpartition(")")[2].split()
+    return None if fields[0] in "ZX" else fields[19]
+
+
+def this_process() -> str:
+    """The owner name of this process."""
+    return f"{os.getpid()}-{start_time(os.getpid())}"
+
+
+def is_alive(owner: str) -> bool:
+    """Whether the process that an owner name stands for still runs on this host."""
+    pid, _, started = owner.partition("-")
+    return pid.isdigit() and start_time(int(pid)) == started
+
+
+def new_id() -> str:
+    """A fresh sandbox id, unguessable."""
+    return f"sb-{secrets.token_hex(8)}"
+
+
+def claim(state_dir: Path) -> Path:
+    """Makes and returns this service's own directory in `state_dir`.
+
+    One process may run several services, so the name ends in a random part.
+
+    Raises:
+        SandboxUnavailable: the state directory belongs to another user, or sandboxes, which do
+            not run as root, could not reach it.
+    """
+    state_dir.mkdir(parents=True, exist_ok=True)
+    if state_dir.is_symlink() or state_dir.stat().st_uid != os.getuid():
+        raise SandboxUnavailable(
+            f"state directory {state_dir} is not this user's; choose another --state-dir."
+        )
+    state_dir.chmod(0o711)
+    if os.getuid() == 0:
+        for parent in state_dir.resolve().parents:
+            if not parent.stat().st_mode & 0o001:
+                raise SandboxUnavailable(
+                    f"{parent} is closed to other users, whom sandboxes run as; "
+                    f"choose another --state-dir than {state_dir}."
+                )
+    own = state_dir / f"{this_process()}-{secrets.token_hex(4)}"
+    own.mkdir()
+    own.chmod(0o711)
+    return own
+
+
+def make_box_directory(own: Path, sandbox_id: str, uid: int | None) -> Path:
+    """Makes the directory of a sandbox: `workspace`, `tmp` and `home`, given to user `uid`."""
+    box = own / sandbox_id
+    box.mkdir()
+    box.chmod(0o711)
+    for name in ("workspace", "tmp", "home"):
+        (box / name).mkdir()
+        (box / name).chmod(0o700)
+        if uid is not None:
+            os.chown(box / name, uid, uid)
+    return box
+
+
+def abandoned(state_dir: Path) -> Iterator[Path]:
+    """The directories in `state_dir` whose services are dead."""
+    for path in list(state_dir.iterdir()) if state_dir.is_dir() else ():
+        owner = path.name.rpartition("-")[0]
+        if owner.count("-") == 1 and not is_alive(owner):
+            yield path
+
+
+def box_directories(own: Path) -> Iterator[Path]:
+    """The directories of sandboxes in a service's directory."""
+    for path in list(own.iterdir()) if own.is_dir() else ():
+        if path.name.startswith("sb-"):
+            yield path

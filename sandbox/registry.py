@@ -1,0 +1,165 @@
+"""The sandboxes of one service: which exist, when they end, what runs in them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Coroutine
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from sandbox import owner
+from sandbox.api import ExecRequest, ExecResult, SandboxInfo, SandboxSpec
+from sandbox.backends.base import Backend, Box
+from sandbox.errors import SandboxError, SandboxGone, SandboxRefused, SandboxUnavailable
+from sandbox.workspace import Workspace
+
+log = logging.getLogger("sandbox")
+
+T = TypeVar("T")
+
+# Linux takes at most 131072 bytes in one argument of a program.
+_MAX_COMMAND = 120_000
+
+
+@dataclass
+class _Entry:
+    info: SandboxInfo
+    box: Box
+    expiry: asyncio.TimerHandle
+    work: set[asyncio.Task[Any]] = field(default_factory=set)
+
+
+class Registry:
+    """Creates, finds and removes sandboxes on one event loop."""
+
+    def __init__(self, backend: Backend) -> None:
+        """Keeps the sandboxes of a started backend."""
+        self.backend = backend
+        self._entries: dict[str, _Entry] = {}
+        self._closing: dict[str, asyncio.Task[None]] = {}
+        self._shut = False
+
+    async def create(self, spec: SandboxSpec) -> SandboxInfo:
+        """Makes a sandbox that expires after the spec's lifetime."""
+        if self._shut:
+            raise SandboxUnavailable("the sandbox service is shutting down.")
+        sandbox_id = owner.new_id()
+        creation = asyncio.ensure_future(self.backend.create(sandbox_id, spec))
+        try:
+            box = await asyncio.shield(creation)
+        except asyncio.CancelledError:
+            # A creation under way in a thread cannot be stopped: let it end, then undo it.
+            undo = asyncio.get_running_loop().create_task(self._undo(sandbox_id, creation))
+            self._closing[sandbox_id] = undo
+            raise
+        now = time.time()
+        info = SandboxInfo(
+            id=sandbox_id,
+            backend=self.backend.name,
+            isolation=self.backend.isolation,
+            created_at=now,
+            expires_at=now + spec.lifetime_s,
+            spec=spec,
+        )
+        expiry = asyncio.get_running_loop().call_later(spec.lifetime_s, self._start_close, info.id)
+        self._entries[sandbox_id] = _Entry(info, box, expiry)
+        return info
+
+    def list(self) -> list[SandboxInfo]:
+        """Every sandbox, oldest first."""
+        return [entry.info for entry in self._entries.values()]
+
+    def info(self, sandbox_id: str) -> SandboxInfo:
+        """One sandbox.
+
+        Raises:
+            SandboxGone: there is none of that id.
+        """
+        return self._entry(sandbox_id).info
+
+    def workspace(self, sandbox_id: str) -> Workspace:
+        """The files of a sandbox."""
+        return self._entry(sandbox_id).box.workspace
+
+    async def exec(self, sandbox_id: str, request: ExecRequest) -> ExecResult:
+        """Runs one command; closing the sandbox ends it with `SandboxGone`."""
+        entry = self._entry(sandbox_id)
+        env = {**entry.info.spec.env, **request.env}
+        size = sum(len(text.encode()) for text in (request.command, *env, *env.values()))
+        if size > _MAX_COMMAND:
+            raise SandboxRefused(
+                f"command: takes {size} bytes with its environment, over {_MAX_COMMAND}; "
+                "write a file and run that."
+            )
+        limit = entry.info.spec.limits.output_bytes
+        if request.output_bytes is not None and request.output_bytes > limit:
+            raise SandboxRefused(f"output_bytes: may not be over the sandbox's limit of {limit}.")
+        return await self._work(entry, entry.box.exec(request))
+
+    async def close(self, sandbox_id: str) -> None:
+        """Removes a sandbox; one that does not exist is no error."""
+        self._start_close(sandbox_id)
+        if closing := self._closing.get(sandbox_id):
+            await asyncio.shield(closing)
+
+    async def close_all(self) -> None:
+        """Removes every sandbox, whether or not removing another fails; none can follow."""
+        self._shut = True
+        for sandbox_id in list(self._entries):
+            self._start_close(sandbox_id)
+        await asyncio.gather(*self._closing.values(), return_exceptions=True)
+
+    def _entry(self, sandbox_id: str) -> _Entry:
+        try:
+            return self._entries[sandbox_id]
+        except KeyError:
+            raise SandboxGone(f"there is no sandbox {sandbox_id}; it may have expired.") from None
+
+    async def _work(self, entry: _Entry, work: Coroutine[Any, Any, T]) -> T:
+        task = asyncio.ensure_future(work)
+        entry.work.add(task)
+        try:
+            return await task
+        except asyncio.CancelledError:
+            # Either the sandbox closed under the caller, or the caller itself went away.
+            if entry.info.id not in self._entries and not _being_cancelled():
+                raise SandboxGone(f"sandbox {entry.info.id} was closed meanwhile.") from None
+            raise
+        finally:
+            entry.work.discard(task)
+
+    def _start_close(self, sandbox_id: str) -> None:
+        entry = self._entries.pop(sandbox_id, None)
+        if entry is not None:
+            entry.expiry.cancel()
+            task = asyncio.get_running_loop().create_task(self._close(entry))
+            self._closing[sandbox_id] = task
+
+    async def _undo(self, sandbox_id: str, creation: asyncio.Future[Box]) -> None:
+        try:
+            box = await creation
+            await box.close()
+        except (SandboxError, OSError):
+            log.exception("sandbox %s, whose caller went away, was not undone", sandbox_id)
+        finally:
+            self._closing.pop(sandbox_id, None)
+
+    async def _close(self, entry: _Entry) -> None:
+        try:
+            for task in entry.work:
+                task.cancel()
+            if entry.work:
+                await asyncio.wait(set(entry.work))
+            await entry.box.close()
+        except (SandboxError, OSError):
+            log.exception("sandbox %s could not be removed wholly", entry.info.id)
+            raise
+        finally:
+            self._closing.pop(entry.info.id, None)
+
+
+def _being_cancelled() -> bool:
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0

@@ -1,0 +1,329 @@
+"""The HTTP service: routes over a registry, and three ways to run it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import hmac
+import logging
+import signal
+import tempfile
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from io import BytesIO
+from pathlib import Path
+from typing import BinaryIO, Literal
+
+from aiohttp import web
+from aiohttp.typedefs import Handler, Middleware
+
+from sandbox import archive
+from sandbox.api import ExecRequest, SandboxSpec, parse, to_json
+from sandbox.backends import Backend, BackendName, open_backend
+from sandbox.errors import (
+    SandboxError,
+    SandboxRefused,
+    SandboxTooLarge,
+    SandboxUnauthorised,
+    SandboxUnavailable,
+)
+from sandbox.registry import Registry
+from sandbox.workspace import Workspace
+
+log = logging.getLogger("sandbox")
+
+_CHUNK = 1 << 18
+_MAX_JSON = 16_000_000
+_LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+_REGISTRY = web.AppKey("registry", Registry)
+
+
+def create_app(backend: Backend, *, token: str | None = None) -> web.Application:
+    """The application over a backend; it starts the backend and removes every sandbox at its end.
+
+    Args:
+        backend: Not started yet.
+        token: Bearer token that every request but `/health` must carry; None asks for none.
+    """
+    middlewares: list[Middleware] = [_answer_errors]
+    if token is not None:
+        middlewares.append(_require(token))
+    app = web.Application(middlewares=middlewares, client_max_size=_MAX_JSON)
+    app[_REGISTRY] = Registry(backend)
+    app.cleanup_ctx.append(_backend_lifetime)
+    # Before aiohttp waits for running requests: a closed sandbox answers its commands.
+    app.on_shutdown.append(_close_all)
+    box = "/sandboxes/{id}"
+    app.add_routes(
+        [
+            web.get("/health", _health),
+            web.post("/sandboxes", _create),
+            web.get("/sandboxes", _list),
+            web.get(box, _show),
+            web.delete(box, _close),
+            web.post(f"{box}/exec", _exec),
+            web.get(f"{box}/files", _read),
+            web.put(f"{box}/files", _write),
+            web.get(f"{box}/archive", _download),
+            web.put(f"{box}/archive", _upload),
+        ]
+    )
+    return app
+
+
+@contextlib.asynccontextmanager
+async def running(
+    backend: Backend, *, host: str = "127.0.0.1", port: int = 0, token: str | None = None
+) -> AsyncIterator[str]:
+    """Serves while the context is open; yields the base URL.
+
+    Raises:
+        SandboxUnavailable: the port is taken, or the backend cannot work here.
+        SandboxRefused: an address that others can reach, without a token.
+    """
+    if token is None and host not in _LOOPBACK:
+        raise SandboxRefused(f"host {host} can be reached by others: set a token to serve there.")
+    # A caller that goes away takes its command with it.
+    runner = web.AppRunner(
+        create_app(backend, token=token),
+        handler_cancellation=True,
+        access_log=None,
+        shutdown_timeout=5,
+    )
+    await runner.setup()
+    try:
+        site = web.TCPSite(runner, host, port)
+        try:
+            await site.start()
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
+            raise SandboxUnavailable(
+                f"port {port} of {host} is in use; choose another, or 0 for any free one."
+            ) from None
+        address = runner.addresses[0]
+        name = f"[{host}]" if ":" in host else host
+        yield f"http://{name}:{address[1]}"
+    finally:
+        await runner.cleanup()
+
+
+def serve(
+    *,
+    backend: BackendName = "local",
+    isolation: Literal["auto", "bubblewrap", "none"] = "auto",
+    host: str = "127.0.0.1",
+    port: int = 8700,
+    token: str | None = None,
+    state_dir: Path | None = None,
+    announce: Callable[[str], None] = print,
+) -> None:
+    """Serves until SIGINT or SIGTERM, then removes every sandbox.
+
+    Args:
+        backend: "local" or "docker".
+        isolation: Of the local backend: "auto", "bubblewrap" or "none".
+        host: Address to bind; other than loopback needs a token.
+        port: Port to bind; 0 takes a free one.
+        token: Bearer token to ask for.
+        state_dir: Where workspaces live; None is a directory in the temporary one.
+        announce: Called once with a sentence that holds the URL.
+
+    Raises:
+        SandboxError: it cannot start; the message says why in one sentence.
+    """
+
+    async def main() -> None:
+        stop = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, stop.set)
+        chosen = open_backend(backend, isolation=isolation, state_dir=state_dir)
+        async with running(chosen, host=host, port=port, token=token) as url:
+            announce(f"sandbox service ({backend}, isolation {chosen.isolation}) at {url}")
+            await stop.wait()
+
+    asyncio.run(main())
+
+
+@contextlib.contextmanager
+def embedded(
+    backend: BackendName = "local",
+    *,
+    isolation: Literal["auto", "bubblewrap", "none"] = "auto",
+    token: str | None = None,
+    state_dir: Path | None = None,
+) -> Iterator[str]:
+    """Serves from a background thread of this process on a free loopback port.
+
+    Yields:
+        The base URL. Leaving the context removes every sandbox.
+
+    Raises:
+        SandboxError: it cannot start; the message says why in one sentence.
+    """
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, name="sandbox-service", daemon=True)
+    thread.start()
+    chosen = open_backend(backend, isolation=isolation, state_dir=state_dir)
+    context = running(chosen, token=token)
+    try:
+        url = asyncio.run_coroutine_threadsafe(context.__aenter__(), loop).result()
+        try:
+            yield url
+        finally:
+            asyncio.run_coroutine_threadsafe(context.__aexit__(None, None, None), loop).result()
+    finally:
+        asyncio.run_coroutine_threadsafe(loop.shutdown_default_executor(), loop).result()
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
+
+
+async def _close_all(app: web.Application) -> None:
+    await app[_REGISTRY].close_all()
+
+
+async def _backend_lifetime(app: web.Application) -> AsyncIterator[None]:
+    registry = app[_REGISTRY]
+    await registry.backend.start()
+    yield
+    # Again, for those whose creation was under way.
+    await registry.close_all()
+    await registry.backend.close()
+
+
+@web.middleware
+async def _answer_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Turns errors into `{"error": sentence, "kind": kind}` with their status."""
+    try:
+        try:
+            return await handler(request)
+        except ConnectionError:
+            raise  # The caller is gone; there is nobody to answer.
+        except OSError as error:
+            log.exception("%s %s", request.method, request.path)
+            raise SandboxError(f"the sandbox host fails: {error}.") from error
+    except SandboxError as error:
+        return web.json_response({"error": str(error), "kind": error.kind}, status=error.status)
+    except web.HTTPException as error:
+        sentence = f"{request.method} {request.path}: {error.reason}."
+        return web.json_response(
+            {"error": sentence, "kind": SandboxRefused.kind}, status=error.status
+        )
+
+
+def _require(token: str) -> Middleware:
+    expected = f"Bearer {token}".encode()
+
+    @web.middleware
+    async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
+        given = request.headers.get("Authorization", "").encode()
+        if request.path != "/health" and not hmac.compare_digest(given, expected):
+            raise SandboxUnauthorised("the bearer token is missing or wrong.")
+        return await handler(request)
+
+    return check
+
+
+def _workspace(request: web.Request) -> Workspace:
+    return request.app[_REGISTRY].workspace(request.match_info["id"])
+
+
+def _path(request: web.Request) -> str:
+    try:
+        return request.query["path"]
+    except KeyError:
+        raise SandboxRefused("path: name the file in the query, as in ?path=a/b.txt.") from None
+
+
+async def _health(request: web.Request) -> web.Response:
+    registry = request.app[_REGISTRY]
+    backend = registry.backend
+    return web.json_response(
+        {
+            "status": "ok",
+            "backend": backend.name,
+            "isolation": backend.isolation,
+            "sandboxes": len(registry.list()),
+            **backend.health(),
+        }
+    )
+
+
+async def _create(request: web.Request) -> web.Response:
+    spec = parse(SandboxSpec, await request.read() or b"{}")
+    return web.json_response(to_json(await request.app[_REGISTRY].create(spec)), status=201)
+
+
+async def _list(request: web.Request) -> web.Response:
+    return web.json_response(
+        {"sandboxes": [to_json(info) for info in request.app[_REGISTRY].list()]}
+    )
+
+
+async def _show(request: web.Request) -> web.Response:
+    return web.json_response(to_json(request.app[_REGISTRY].info(request.match_info["id"])))
+
+
+async def _close(request: web.Request) -> web.Response:
+    await request.app[_REGISTRY].close(request.match_info["id"])
+    return web.json_response({})
+
+
+async def _exec(request: web.Request) -> web.Response:
+    command = parse(ExecRequest, await request.read())
+    result = await request.app[_REGISTRY].exec(request.match_info["id"], command)
+    return web.json_response(to_json(result))
+
+
+async def _read(request: web.Request) -> web.Response:
+    data = await asyncio.to_thread(_workspace(request).read, _path(request))
+    return web.Response(body=data, content_type="application/octet-stream")
+
+
+async def _write(request: web.Request) -> web.Response:
+    workspace, path = _workspace(request), _path(request)
+    with await _body(request, workspace.max_bytes) as body:
+        await asyncio.to_thread(workspace.write, path, body)
+    return web.json_response({})
+
+
+async def _upload(request: web.Request) -> web.Response:
+    workspace = _workspace(request)
+    with await _body(request, workspace.max_bytes) as body:
+        await asyncio.to_thread(archive.unpack, workspace, body)
+    return web.json_response({})
+
+
+async def _download(request: web.Request) -> web.StreamResponse:
+    # Packed whole before the first byte goes out, so that an error still has a status.
+    with tempfile.TemporaryFile() as file:
+        await asyncio.to_thread(archive.pack, _workspace(request), file)
+        response = web.StreamResponse(headers={"Content-Type": "application/x-tar"})
+        response.content_length = file.tell()
+        await response.prepare(request)
+        file.seek(0)
+        while chunk := file.read(_CHUNK):
+            await response.write(chunk)
+        await response.write_eof()
+        return response
+
+
+async def _body(request: web.Request, limit: int) -> BinaryIO:
+    """The request's body as a file: in memory when small, on disk when large."""
+    small = (request.content_length or _CHUNK + 1) <= _CHUNK
+    # The caller closes it.
+    body: BinaryIO = BytesIO() if small else tempfile.TemporaryFile()  # noqa: SIM115
+    try:
+        async for chunk in request.content.iter_chunked(_CHUNK):
+            if body.tell() + len(chunk) > limit:
+                raise SandboxTooLarge(f"the upload is over the limit of {limit} bytes.")
+            body.write(chunk)
+    except BaseException:
+        body.close()
+        raise
+    body.seek(0)
+    return body

@@ -1,0 +1,40 @@
+"""Services to test against, one for every backend that the machine can have."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from sandbox_helpers import BACKENDS, Service, open_directory, require
+
+from sandbox.service import embedded
+
+
+@pytest.fixture(
+    scope="session",
+    params=[
+        "local-bubblewrap",
+        "local-plain",
+        pytest.param("docker", marks=pytest.mark.docker),
+    ],
+)
+def kind(request: pytest.FixtureRequest) -> str:
+    require(request.param)
+    return str(request.param)
+
+
+@pytest.fixture(scope="session")
+def service(kind: str) -> Iterator[Service]:
+    backend, isolation = BACKENDS[kind]
+    with open_directory() as state_dir:
+        with embedded(backend, isolation=isolation, state_dir=state_dir) as url:  # type: ignore[arg-type]
+            yield Service(kind, url, state_dir)
+        left = list(state_dir.glob("*/*/sb-*"))
+        assert left == [], "closing the service leaves sandboxes"
+
+
+@pytest.fixture
+def state_dir() -> Iterator[Path]:
+    with open_directory() as path:
+        yield path

@@ -1,0 +1,111 @@
+"""Small things that sandbox tests share."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import pytest
+
+from sandbox.backends.docker import DEFAULT_IMAGE
+from sandbox.client import Sandbox, SandboxClient, SandboxSpec
+
+T = TypeVar("T")
+
+BACKENDS = {
+    "local-bubblewrap": ("local", "bubblewrap"),
+    "local-plain": ("local", "none"),
+    "docker": ("docker", "auto"),
+}
+
+
+@dataclass(frozen=True)
+class Service:
+    kind: str
+    url: str
+    state_dir: Path
+
+    @property
+    def isolated(self) -> bool:
+        return self.kind != "local-plain"
+
+
+def _missing(kind: str) -> str | None:
+    """What this machine lacks for a kind of backend."""
+    if kind == "local-bubblewrap" and shutil.which("bwrap") is None:
+        return "bubblewrap is not installed"
+    if kind == "docker":
+        if shutil.which("docker") is None:
+            return "docker is not installed"
+        probe = ["docker", "image", "inspect", DEFAULT_IMAGE]
+        if subprocess.run(probe, capture_output=True, check=False).returncode:
+            return f"no docker daemon with the image {DEFAULT_IMAGE}: run .ci/services.sh"
+    return None
+
+
+def require(kind: str) -> None:
+    """Skips where the machine lacks a backend; in CI, which installs them all, fails."""
+    missing = _missing(kind)
+    if missing and os.environ.get("CI") == "true":
+        pytest.fail(missing)
+    if missing:
+        pytest.skip(missing)
+
+
+@contextmanager
+def open_directory() -> Iterator[Path]:
+    """A temporary directory that other users can pass, as a state directory must be."""
+    path = Path(tempfile.mkdtemp(prefix="klong-test-", dir="/tmp"))
+    path.chmod(0o711)
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path)
+
+
+_numbers = itertools.count()
+
+
+def in_box(url: str, body: Callable[[Sandbox], Awaitable[T]], spec: SandboxSpec | None = None) -> T:
+    """Runs a test's body with a fresh sandbox."""
+
+    async def main() -> T:
+        async with SandboxClient(url) as client, await client.create(spec) as box:
+            return await body(box)
+
+    return asyncio.run(main())
+
+
+def unique_sleep() -> str:
+    """A `sleep` argument that no other process of this machine has."""
+    return f"{100_000 + os.getpid()}.{next(_numbers):04d}"
+
+
+def sleepers(argument: str) -> list[int]:
+    """Processes of this machine, in any namespace, that carry the argument."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(FileNotFoundError, ProcessLookupError):
+            if argument.encode() in path.read_bytes() and int(path.parent.name) != os.getpid():
+                found.append(int(path.parent.name))
+    return found
+
+
+def wait_until(condition: Callable[[], bool], *, timeout_s: float = 5.0) -> bool:
+    """Whether the condition comes to hold in time."""
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        if condition():
+            return True
+        time.sleep(0.02)
+    return condition()
