@@ -14,7 +14,7 @@ Json = Any
 
 def canonical(value: Json) -> bytes:
     """The one spelling of a JSON value that hashes are taken of."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
 
 
 def content_hash(value: Json | bytes) -> str:
@@ -61,12 +61,12 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Json) -> None:
     """Writes one JSON document atomically, indented for people."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def write_jsonl(path: Path, rows: Iterable[Json]) -> None:
-    """Writes one JSON document a line, atomically."""
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    """Writes one JSON document a line, atomically; ASCII, so that any string survives."""
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[int, Json]]:
@@ -76,9 +76,12 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, Json]]:
         UserError: A line is not JSON; the message names file and line.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines(): it also cuts at separators that JSON allows inside a string.
+        lines = path.read_text(encoding="utf-8").split("\n")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; check the path.") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not UTF-8 text; convert or remove the file.") from None
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue

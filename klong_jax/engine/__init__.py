@@ -1,0 +1,1 @@
+"""JAX-native generation: prefill and decode with a cached prefix, many rollouts at once."""

@@ -1,0 +1,1 @@
+"""Grading what an agent left behind against its task's rubric."""

@@ -1,0 +1,1 @@
+"""One configured decoder and a small file a model family."""

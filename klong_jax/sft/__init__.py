@@ -1,0 +1,1 @@
+"""Trajectory-splitting SFT: windows of demonstrations, their loss, and the training run."""

@@ -1,0 +1,84 @@
+"""The SFT run: phases of data, from short conversations to windows of long trajectories."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from klong_jax.sft.data import WindowDataset
+from klong_jax.training.accumulate import Trainer, TrainState
+from klong_jax.training.batches import micro_batches, pad_windows
+from klong_jax.training.checkpoint import Checkpoints
+from klong_jax.training.metrics import MetricsLog
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One part of the run.
+
+    Attributes:
+        data: What is trained on.
+        steps: Optimiser steps.
+        batch: Windows a step.
+        micro_batch: Windows a gradient call.
+    """
+
+    data: WindowDataset
+    steps: int
+    batch: int
+    micro_batch: int
+
+
+def run_sft(
+    phases: Sequence[Phase],
+    state: TrainState,
+    trainer: Trainer,
+    checkpoints: Checkpoints,
+    metrics: MetricsLog,
+    *,
+    seed: int,
+    save_every: int,
+    on_step: Callable[[dict[str, Any]], None],
+) -> TrainState:
+    """Trains through all phases, from the last checkpoint on if there is one.
+
+    What a step trains on follows from the seed and the step's number, so a run that was killed
+    goes on with exactly the windows it would have seen.
+
+    Args:
+        phases: The parts in order.
+        state: A fresh state.
+        trainer: Takes the optimiser steps.
+        checkpoints: Where the run is saved.
+        metrics: Where a row a step goes.
+        seed: Seeds the order of the data.
+        save_every: Steps between checkpoints.
+        on_step: Called with each row.
+    """
+    if checkpoints.latest() is not None:
+        state, _ = checkpoints.restore(state)
+    first = 0
+    for phase in phases:
+        for index in range(max(0, int(state.step) - first), phase.steps):
+            started = time.monotonic()
+            position = index * phase.batch
+            windows = phase.data.batch(position, phase.batch, seed)
+            trained = sum(int(window.trained_mask.sum()) for window in windows)
+            padded = pad_windows(windows, [1.0] * len(windows), phase.data.length)
+            batches = micro_batches(padded, phase.micro_batch)
+            state, logs = trainer.step(state, batches, trained)
+            step = first + index + 1
+            row = {
+                "step": step,
+                "phase": phase.data.name,
+                "trained_tokens": trained,
+                **logs,
+                "seconds": time.monotonic() - started,
+            }
+            metrics.write(row)
+            on_step(row)
+            if step % save_every == 0 or index + 1 == phase.steps:
+                progress = {"phase": phase.data.name, "position": position + phase.batch}
+                checkpoints.save(state, {"data": progress, "seed": seed})
+        first += phase.steps
+    return state

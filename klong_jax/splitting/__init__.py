@@ -1,0 +1,1 @@
+"""The context policy, and the splitter that replays it over a recorded demonstration."""

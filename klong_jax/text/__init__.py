@@ -1,0 +1,1 @@
+"""Tokenizers, chat templates, and the text formats of tasks and trajectories."""

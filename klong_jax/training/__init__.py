@@ -1,0 +1,1 @@
+"""What every trainer shares: optimiser, gradient accumulation, checkpoints, metrics."""

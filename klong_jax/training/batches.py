@@ -1,0 +1,61 @@
+"""Windows as arrays of one fixed shape."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from functools import partial
+
+import jax
+import numpy as np
+
+from klong_jax.core.trajectory import Window
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["tokens", "trained", "behaviour_logprobs", "weight"],
+    meta_fields=[],
+)
+@dataclass(frozen=True)
+class WindowBatch:
+    """A micro-batch of windows, padded at the end.
+
+    Attributes:
+        tokens: int32[b, s] token ids, zero where padded.
+        trained: float32[b, s], 1 where the token is trained.
+        behaviour_logprobs: float32[b, s] of the policy that sampled.
+        weight: float32[b], the window's weight: 1 in SFT, the advantage in RL.
+    """
+
+    tokens: np.ndarray
+    trained: np.ndarray
+    behaviour_logprobs: np.ndarray
+    weight: np.ndarray
+
+
+def pad_windows(windows: Sequence[Window], weights: Sequence[float], length: int) -> WindowBatch:
+    """Lays windows out as rows of `length` tokens."""
+    rows = len(windows)
+    batch = WindowBatch(
+        tokens=np.zeros((rows, length), np.int32),
+        trained=np.zeros((rows, length), np.float32),
+        behaviour_logprobs=np.zeros((rows, length), np.float32),
+        weight=np.asarray(weights, np.float32),
+    )
+    for row, window in enumerate(windows):
+        end = len(window.tokens)
+        batch.tokens[row, :end] = window.tokens
+        batch.trained[row, :end] = window.trained_mask
+        batch.behaviour_logprobs[row, :end] = window.behaviour_logprobs
+    return batch
+
+
+def micro_batches(batch: WindowBatch, rows: int) -> Iterator[WindowBatch]:
+    """Cuts a batch into micro-batches of `rows` windows; the last is filled with empty ones."""
+    total = len(batch.tokens)
+    for start in range(0, total, rows):
+        missing = max(0, start + rows - total)
+        pieces = {}
+        for field in fields(WindowBatch):
+            piece = getattr(batch, field.name)[start : start + rows]
+            pieces[field.name] = np.pad(piece, ((0, missing), *((0, 0),) * (piece.ndim - 1)))
+        yield WindowBatch(**pieces)

@@ -1,0 +1,102 @@
+"""Checkpoints: Orbax arrays, and a small JSON beside them that says what they belong to."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from klong_jax.core.errors import UserError
+from klong_jax.training.accumulate import TrainState
+
+
+class Checkpoints:
+    """The checkpoints of one training stage; a save is complete or it is not there."""
+
+    def __init__(self, root: Path, identity: dict[str, str], keep: int = 2) -> None:
+        """Opens a directory of checkpoints.
+
+        Args:
+            root: The directory; made if missing.
+            identity: What a checkpoint must match to be restored: model and tokenizer hashes.
+            keep: How many of the latest to keep.
+
+        Raises:
+            UserError: The directory cannot be made.
+        """
+        self._root = root
+        self._identity = identity
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"{root}: cannot hold checkpoints ({error.strerror}); choose another runs folder."
+            ) from None
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False)
+        self._manager = ocp.CheckpointManager(root.resolve(), options=options)
+
+    def latest(self) -> int | None:
+        """The last complete step, or None."""
+        step = self._manager.latest_step()
+        return None if step is None else int(step)
+
+    def save(self, state: TrainState, progress: dict[str, Any]) -> None:
+        """Saves state and progress (data position, random state, stage) under the state's step.
+
+        Raises:
+            UserError: The disk refuses.
+        """
+        try:
+            self._manager.save(
+                int(state.step),
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(_plain(state)),
+                    progress=ocp.args.JsonSave({"identity": self._identity, **progress}),
+                ),
+            )
+            self._manager.wait_until_finished()
+        except OSError as error:
+            raise UserError(
+                f"{self._root}: the checkpoint cannot be written ({error.strerror}); free space "
+                "and run the same command again to resume."
+            ) from None
+
+    def restore(self, like: TrainState, step: int | None = None) -> tuple[TrainState, dict[str, Any]]:
+        """Reads a checkpoint.
+
+        Args:
+            like: A state of the right structure and shapes.
+            step: Which, or None for the latest.
+
+        Raises:
+            UserError: There is none, or it belongs to another model or tokenizer.
+        """
+        step = self.latest() if step is None else step
+        if step is None:
+            raise UserError(f"{self._root}: holds no checkpoint; train first or check the path.")
+        progress = self._manager.restore(
+            step, args=ocp.args.Composite(progress=ocp.args.JsonRestore())
+        ).progress
+        for name, wanted in self._identity.items():
+            found = progress["identity"].get(name)
+            if found != wanted:
+                raise UserError(
+                    f"{self._root}: the checkpoint belongs to another {name} ({str(found)[:12]}, "
+                    f"not {wanted[:12]}); use the {name} it was trained with or another run."
+                )
+        plain = _plain(like)
+        shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, plain)
+        state = self._manager.restore(
+            step, args=ocp.args.Composite(state=ocp.args.StandardRestore(shapes))
+        ).state
+        leaves = [state[str(index)] for index in range(len(state))]
+        return jax.tree.unflatten(jax.tree.structure(like), leaves), progress
+
+    def close(self) -> None:
+        """Releases the directory."""
+        self._manager.close()
+
+
+def _plain(state: TrainState) -> dict[str, jax.Array]:
+    """The state's arrays by position: what is on disk knows no Python class."""
+    return {str(index): leaf for index, leaf in enumerate(jax.tree.leaves(state))}

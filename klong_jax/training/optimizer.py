@@ -1,0 +1,74 @@
+"""The optimiser: Muon on matrices and AdamW on the rest, or AdamW on everything."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+import optax
+from optax import contrib
+
+from klong_jax.models.decoder import Params
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """How parameters are updated.
+
+    Attributes:
+        kind: "muon" (Jordan 2024; matrices orthogonalised, the rest by AdamW) or "adamw".
+        learning_rate: Peak rate; under Muon that of the matrices.
+        warmup_steps: Steps of linear warm-up.
+        total_steps: Steps until the cosine ends at a tenth of the peak; 0 keeps the rate constant.
+        adam_ratio: Rate of the AdamW part as a share of Muon's.
+        b2: Second-moment decay of AdamW.
+        weight_decay: Decoupled decay.
+        clip_norm: Largest global norm of the gradient.
+    """
+
+    kind: Literal["muon", "adamw"] = "adamw"
+    learning_rate: float = 3e-4
+    warmup_steps: int = 0
+    total_steps: int = 0
+    adam_ratio: float = 0.3
+    b2: float = 0.95
+    weight_decay: float = 0.01
+    clip_norm: float = 1.0
+
+
+def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
+    """Builds the optax transformation that the config names."""
+
+    def schedule(ratio: float) -> optax.Schedule:
+        peak = config.learning_rate * ratio
+        if not config.total_steps:
+            return optax.schedules.linear_schedule(0.0, peak, config.warmup_steps + 1, -1)
+        return optax.schedules.warmup_cosine_decay_schedule(
+            0.0, peak, config.warmup_steps, config.total_steps, 0.1 * peak
+        )
+
+    if config.kind == "muon":
+        update = contrib.muon(
+            schedule(1.0),
+            weight_decay=config.weight_decay,
+            adam_b2=config.b2,
+            adam_weight_decay=config.weight_decay,
+            adam_learning_rate=schedule(config.adam_ratio),
+            muon_weight_dimension_numbers=_matrices,
+        )
+    else:
+        update = optax.adamw(schedule(1.0), b2=config.b2, weight_decay=config.weight_decay)
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), update)
+
+
+def _matrices(params: Params) -> Params:
+    """Marks what Muon takes: embeddings, and each layer of the stacked kernels."""
+
+    def mark(path: tuple[object, ...], value: jax.Array) -> contrib.MuonDimensionNumbers | None:
+        name = jax.tree_util.keystr(path)
+        if "kernel" in name:
+            return contrib.MuonDimensionNumbers(value.ndim - 2, value.ndim - 1)
+        if "embedding" in name:
+            return contrib.MuonDimensionNumbers(0, 1)
+        return None
+
+    return jax.tree_util.tree_map_with_path(mark, params)
