@@ -98,23 +98,27 @@ class Decoder(nnx.Module):
         chosen = self.embedding if self.config.tie_embeddings else self.unembedding
         return chosen[...]
 
-    def apply(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t w"]:
+    def apply(self, tokens: Int[Array, "b t"], *, remat: bool = True) -> Float[Array, "b t w"]:
         """Final hidden states of whole windows, causal, positions from 0.
 
         Padding at the end needs no mask: nothing before it looks at it.
+
+        Args:
+            tokens: Token ids.
+            remat: Recompute each layer's activations in the backward pass.
         """
         length = tokens.shape[1]
         positions = jnp.broadcast_to(jnp.arange(length), tokens.shape)
         mask = jnp.tril(jnp.ones((1, length, length), bool))
         graph, layers = nnx.split(self.blocks)
 
-        @jax.checkpoint
         def layer(hidden: Float[Array, "b t w"], state: Params) -> tuple[Array, None]:
             block = nnx.merge(graph, state)
             query, key, value = block.project(hidden, positions)
             return block.finish(hidden, attend(query, key, value, mask)), None
 
-        hidden, _ = jax.lax.scan(layer, self.embedding[...][tokens], layers)
+        step = jax.checkpoint(layer) if remat else layer
+        hidden, _ = jax.lax.scan(step, self.embedding[...][tokens], layers)
         return self.norm(hidden)
 
     def extend(

@@ -10,7 +10,7 @@ from klong_jax.training.accumulate import LossFn
 from klong_jax.training.batches import WindowBatch
 
 
-def sft_loss(graph: nnx.GraphDef[Decoder]) -> LossFn:
+def sft_loss(graph: nnx.GraphDef[Decoder], *, remat: bool) -> LossFn:
     """Sum of -log p over trained tokens.
 
     Divide by the number of trained tokens of the global batch: every token is trained in exactly
@@ -21,7 +21,7 @@ def sft_loss(graph: nnx.GraphDef[Decoder]) -> LossFn:
         params: Params, batch: WindowBatch
     ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
         decoder = nnx.merge(graph, params)
-        hidden = decoder.apply(batch.tokens[:, :-1])
+        hidden = decoder.apply(batch.tokens[:, :-1], remat=remat)
         logprobs, entropy = token_logprobs(hidden, decoder.output_embedding, batch.tokens[:, 1:])
         weight = batch.trained[:, 1:] * batch.weight[:, None]
         return -jnp.sum(weight * logprobs), {"entropy": jnp.sum(weight * entropy)}

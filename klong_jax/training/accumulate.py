@@ -53,7 +53,7 @@ class Trainer:
             (value, logs), grads = jax.value_and_grad(loss, has_aux=True)(params, batch)
             return jax.tree.map(jnp.add, total, (grads, {"loss": value, **logs}))
 
-        @partial(jax.jit, donate_argnums=(0, 1))
+        @partial(jax.jit, donate_argnums=0)
         def update(state: TrainState, grads: Params, scale: Array) -> tuple[TrainState, Array]:
             grads = jax.tree.map(lambda grad: grad * scale, grads)
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)

@@ -12,7 +12,7 @@ from klong_jax.core.trajectory import Window
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["tokens", "trained", "behaviour_logprobs", "weight"],
+    data_fields=["tokens", "trained", "behaviour_logprobs", "reference_logprobs", "weight"],
     meta_fields=[],
 )
 @dataclass(frozen=True)
@@ -23,12 +23,14 @@ class WindowBatch:
         tokens: int32[b, s] token ids, zero where padded.
         trained: float32[b, s], 1 where the token is trained.
         behaviour_logprobs: float32[b, s] of the policy that sampled.
+        reference_logprobs: float32[b, s] of the reference policy; zero where there is none.
         weight: float32[b], the window's weight: 1 in SFT, the advantage in RL.
     """
 
     tokens: np.ndarray
     trained: np.ndarray
     behaviour_logprobs: np.ndarray
+    reference_logprobs: np.ndarray
     weight: np.ndarray
 
 
@@ -39,6 +41,7 @@ def pad_windows(windows: Sequence[Window], weights: Sequence[float], length: int
         tokens=np.zeros((rows, length), np.int32),
         trained=np.zeros((rows, length), np.float32),
         behaviour_logprobs=np.zeros((rows, length), np.float32),
+        reference_logprobs=np.zeros((rows, length), np.float32),
         weight=np.asarray(weights, np.float32),
     )
     for row, window in enumerate(windows):

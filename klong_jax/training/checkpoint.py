@@ -7,6 +7,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from klong_jax.core.errors import UserError
+from klong_jax.models.decoder import Params
 from klong_jax.training.accumulate import TrainState
 
 
@@ -50,7 +51,8 @@ class Checkpoints:
             self._manager.save(
                 int(state.step),
                 args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(_plain(state)),
+                    params=ocp.args.StandardSave(_plain(state.params)),
+                    optimizer=ocp.args.StandardSave(_plain((state.opt_state, state.step))),
                     progress=ocp.args.JsonSave({"identity": self._identity, **progress}),
                 ),
             )
@@ -61,20 +63,40 @@ class Checkpoints:
                 "and run the same command again to resume."
             ) from None
 
-    def restore(self, like: TrainState, step: int | None = None) -> tuple[TrainState, dict[str, Any]]:
-        """Reads a checkpoint.
+    def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        """Reads the latest checkpoint to go on training.
 
         Args:
             like: A state of the right structure and shapes.
-            step: Which, or None for the latest.
+
+        Returns:
+            The state, and the progress that was saved with it.
 
         Raises:
             UserError: There is none, or it belongs to another model or tokenizer.
         """
-        step = self.latest() if step is None else step
+        step, progress = self._checked()
+        rest = self._read(step, "optimizer", (like.opt_state, like.step))
+        return TrainState(self._read(step, "params", like.params), *rest), progress
+
+    def restore_params(self, like: Params) -> Params:
+        """Reads the parameters of the latest checkpoint, whatever they were trained with.
+
+        Raises:
+            UserError: There is none, or it belongs to another model or tokenizer.
+        """
+        step, _ = self._checked()
+        return self._read(step, "params", like)
+
+    def close(self) -> None:
+        """Releases the directory."""
+        self._manager.close()
+
+    def _checked(self) -> tuple[int, dict[str, Any]]:
+        step = self.latest()
         if step is None:
             raise UserError(f"{self._root}: holds no checkpoint; train first or check the path.")
-        progress = self._manager.restore(
+        progress: dict[str, Any] = self._manager.restore(
             step, args=ocp.args.Composite(progress=ocp.args.JsonRestore())
         ).progress
         for name, wanted in self._identity.items():
@@ -84,19 +106,17 @@ class Checkpoints:
                     f"{self._root}: the checkpoint belongs to another {name} ({str(found)[:12]}, "
                     f"not {wanted[:12]}); use the {name} it was trained with or another run."
                 )
-        plain = _plain(like)
-        shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, plain)
-        state = self._manager.restore(
-            step, args=ocp.args.Composite(state=ocp.args.StandardRestore(shapes))
-        ).state
-        leaves = [state[str(index)] for index in range(len(state))]
-        return jax.tree.unflatten(jax.tree.structure(like), leaves), progress
+        return step, progress
 
-    def close(self) -> None:
-        """Releases the directory."""
-        self._manager.close()
+    def _read(self, step: int, item: str, like: Any) -> Any:
+        shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, _plain(like))
+        restored = self._manager.restore(
+            step, args=ocp.args.Composite(**{item: ocp.args.StandardRestore(shapes)})
+        )[item]
+        leaves = [restored[str(index)] for index in range(len(restored))]
+        return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
 
-def _plain(state: TrainState) -> dict[str, jax.Array]:
-    """The state's arrays by position: what is on disk knows no Python class."""
-    return {str(index): leaf for index, leaf in enumerate(jax.tree.leaves(state))}
+def _plain(tree: Any) -> dict[str, jax.Array]:
+    """The arrays of a tree by position: what is on disk knows no Python class."""
+    return {str(index): leaf for index, leaf in enumerate(jax.tree.leaves(tree))}

@@ -1,0 +1,1 @@
+"""The scaffold: one task, one model, one sandbox, one trajectory."""

@@ -1,0 +1,31 @@
+"""A model's turn made usable: calls written as text are read, unusable calls are left out."""
+
+import json
+from dataclasses import replace
+
+from klong_jax.core.message import ToolCall
+from klong_jax.llm.base import Completion
+from klong_jax.text.chat import parse_output
+
+
+def spoken(completion: Completion) -> Completion:
+    """The completion with calls that a remote model wrote as text, and without unusable ones."""
+    message, problem = completion.message, completion.problem
+    if not message.tool_calls and not problem and "<tool_call>" in message.content:
+        parsed = parse_output(message.content)
+        message, problem = parsed.message, parsed.problem
+        if problem:  # what was said stands, since it is tokenised from the message
+            message = completion.message
+    usable = tuple(call for call in message.tool_calls if _encodable(call))
+    if len(usable) < len(message.tool_calls):
+        message = replace(message, tool_calls=usable)
+        problem = problem or "The tool call holds half a surrogate pair; write plain text."
+    return replace(completion, message=message, problem=problem)
+
+
+def _encodable(call: ToolCall) -> bool:
+    try:
+        json.dumps(call.to_json(), ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True

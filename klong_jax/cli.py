@@ -1,0 +1,162 @@
+"""`klong`: one command for each step of the recipe, each a Hydra application over configs/."""
+
+import importlib
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from klong_jax.core.errors import UserError
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+COMMANDS: dict[str, str] = {
+    "recipe": "The whole recipe on generated tasks: demonstrations, SFT, progressive RL, report.",
+    "factory": "Builds tasks out of papers: instructions, addendum, blacklist, rubric.",
+    "distill": "Records demonstrations of tasks and keeps those that are judged well.",
+    "split": "Shows how recorded trajectories split into windows, without training.",
+    "sft": "Supervised fine-tuning on recorded trajectories, window by window.",
+    "rl": "Progressive RL from a checkpoint: stages of growing timeouts.",
+    "eval": "Evaluates a checkpoint on tasks.",
+    "rubric": "Shows what rubrics ask for, and their scores if they are graded.",
+    "report": "Prints the results of a run and writes its report.html again.",
+    "sandbox": "Serves sandboxes to other processes and hosts.",
+    "doctor": "Says what this machine can do and what it lacks.",
+}
+"""Each is `run(settings)` in klong_jax/pipelines/COMMAND.py, imported when it is called."""
+
+_EXAMPLES = """Examples:
+  klong doctor                                  is everything here that I need?
+  klong recipe profile=smoke seed=0             every stage once, in minutes on a laptop's CPU
+  klong recipe --multirun seed=0,1,2            three runs, each in its own folder
+  klong split data.path=FILE splitting.context_limit=4096 splitting.overlap=512
+  klong rubric path=FILE_OR_FOLDER output=rubric.json
+
+Settings are overridden with NAME=VALUE; `klong COMMAND --help` explains each. Their defaults are
+in configs/COMMAND.yaml and configs/profile/. A run lives in runs/ID: the same command resumes it,
+other settings get another folder, run.fresh=true starts anew. Exit status: 0 done, 2 a mistake in
+what was given (one sentence says which), 130 interrupted."""
+
+_QUIET = (
+    "hydra/job_logging=disabled",
+    "hydra/hydra_logging=disabled",
+    "hydra.output_subdir=null",
+    "hydra.run.dir=.",
+)
+_FLAGS = ("--multirun", "-m", "--skip-bad", "--help", "-h")
+# Hydra's own; those with a value take it as the next word or after "=".
+_HYDRA_FLAGS = ("--resolve", "--hydra-help")
+_HYDRA_OPTIONS = ("--cfg", "-c", "--package", "-p", "--info", "-i")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs one command and exits with its status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("--help", "-h", "help"):
+        print(overview())
+        return
+    command, *rest = arguments
+    try:
+        sys.exit(_dispatch(command, rest))
+    except UserError as error:
+        _say(command if command in COMMANDS else "", error)
+        sys.exit(2)
+    except KeyboardInterrupt as interrupt:
+        # A run started with run.fresh=true tells its name: the same command would start another.
+        again = f" with {interrupt}" if str(interrupt) else ""
+        print(f"interrupted; run the same command again{again} to resume", file=sys.stderr)
+        sys.exit(130)
+
+
+def overview() -> str:
+    """What `klong --help` prints."""
+    width = max(map(len, COMMANDS))
+    rows = [f"  {name:<{width}}  {said}" for name, said in COMMANDS.items()]
+    return "\n".join(
+        [
+            "klong trains LLM agents for tasks that overflow the context window and run for hours.",
+            "",
+            "  klong COMMAND [NAME=VALUE ...]",
+            "",
+            *rows,
+            "",
+            _EXAMPLES,
+        ]
+    )
+
+
+def _say(command: str, error: UserError) -> None:
+    sentence = " ".join(str(error).split())
+    stop = "" if sentence.endswith((".", "?")) else "."
+    print(f"klong{command and ' '}{command}: {sentence}{stop}", file=sys.stderr)
+
+
+def _dispatch(command: str, arguments: list[str]) -> int:
+    if command not in COMMANDS:
+        names = ", ".join(COMMANDS)
+        raise UserError(f"there is no command {command!r}; choose one of {names}")
+    if "--help" in arguments or "-h" in arguments:
+        from klong_jax.pipelines.compose import help_text
+
+        print(help_text(command, [word for word in arguments if word not in _FLAGS]))
+        return 0
+    return _run_hydra(command, _hydra_arguments(command, arguments))
+
+
+def _hydra_arguments(command: str, arguments: list[str]) -> list[str]:
+    """Refuses unknown options in a sentence, not a page of usage; maps ours to settings."""
+    words: list[str] = []
+    previous = ""
+    for word in arguments:
+        name = word.partition("=")[0]
+        known = word in (*_FLAGS, *_HYDRA_FLAGS) or name in _HYDRA_OPTIONS
+        if word.startswith("-") and previous not in _HYDRA_OPTIONS and not known:
+            raise UserError(
+                f"there is no option {name}; settings are given as NAME=VALUE, see "
+                f"klong {command} --help"
+            )
+        if word == "--skip-bad":
+            if command not in ("split", "sft"):
+                raise UserError("--skip-bad is an option of klong split and klong sft only")
+            word = "data.skip_bad=true"
+        words.append(word)
+        previous = word
+    if previous in _HYDRA_OPTIONS:
+        raise UserError(f"{previous} needs a value, as in --cfg job")
+    return words
+
+
+def _run_hydra(command: str, arguments: list[str]) -> int:
+    import hydra
+
+    from klong_jax.pipelines.compose import COMPOSE_ERRORS, config_dir, mistake, validate
+
+    status = 0
+
+    def job(composed: "DictConfig") -> None:
+        nonlocal status
+        try:
+            settings = validate(command, composed)
+            importlib.import_module(f"klong_jax.pipelines.{command}").run(settings)
+        except UserError as error:
+            # Said here, so that one bad job of a multirun does not end the others.
+            _say(command, error)
+            status = 2
+
+    # Hydra then raises what it would print with a hint at this variable; it is said below.
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    with tempfile.TemporaryDirectory(prefix="klong-sweep-") as sweep:
+        # Hydra insists on a folder a sweep; results go to the runs' own folders.
+        own = [*_QUIET, f"hydra.sweep.dir={sweep}"]
+        sys.argv = [f"klong {command}", *arguments, *own]
+        try:
+            hydra.main(str(config_dir()), command, version_base="1.3")(job)()
+        except COMPOSE_ERRORS as error:
+            raise mistake(command, error) from None
+    return status
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Clients of chat models behind one protocol."""

@@ -1,0 +1,121 @@
+"""`klong sft`: windows of recorded trajectories, and the training run on them."""
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from klong_jax.core.errors import UserError
+from klong_jax.core.message import Message
+from klong_jax.core.trajectory import Window
+from klong_jax.pipelines.config import DrillSection, SftConfig, SftSection
+from klong_jax.pipelines.policy import Policy, describe_policy, fresh_state, new_policy
+from klong_jax.pipelines.rundir import open_run
+from klong_jax.pipelines.split import pinned_messages
+from klong_jax.pipelines.stage import stage
+from klong_jax.sft.data import WindowDataset, windows_of
+from klong_jax.sft.loss import sft_loss
+from klong_jax.sft.run import Phase, run_sft
+from klong_jax.splitting.policy import ContextPolicy
+from klong_jax.text.chat import Chat
+from klong_jax.text.formats import Recording, read_recordings
+from klong_jax.text.tokenizer import bundled_tokenizer, load_tokenizer
+from klong_jax.training.accumulate import Trainer
+from klong_jax.training.checkpoint import Checkpoints
+from klong_jax.training.metrics import MetricsLog
+from klong_jax.training.optimizer import make_optimizer
+
+
+def run(config: SftConfig) -> None:
+    """Trains on a file of trajectories; the policy is left in the run's folder `sft`."""
+    console = Console()
+    path = config.tokenizer.path
+    tokenizer = load_tokenizer(path) if path else bundled_tokenizer()
+    chat = Chat(tokenizer)
+    policy = new_policy(config.model, tokenizer, config.seed)
+    with open_run("sft", config, config.run) as folder:
+        data = trajectory_windows(
+            chat,
+            read_recordings(
+                config.data.path, skip_bad=config.data.skip_bad, on_skip=console.print
+            ),
+            config.splitting.policy(),
+            on_skip=console.print if config.data.skip_bad else None,
+        )
+        phase = Phase(data, config.sft.steps, config.sft.batch, config.sft.micro_batch)
+        train(folder.path / "sft", policy, [phase], config.sft, config.seed, console)
+        console.print(f"policy in {folder.path / 'sft'}", markup=False)
+
+
+def train(
+    folder: Path,
+    policy: Policy,
+    phases: Sequence[Phase],
+    section: SftSection,
+    seed: int,
+    console: Console,
+) -> Policy:
+    """Trains a policy through phases, from its last checkpoint on if there is one."""
+    steps = sum(phase.steps for phase in phases)
+    optimizer = section.optimizer.config(steps)
+    describe_policy(folder, policy)
+    checkpoints = Checkpoints(folder / "checkpoints", policy.identity)
+    done = checkpoints.latest() or 0
+    metrics = MetricsLog(folder / "metrics.jsonl", done)
+    with stage(console, "supervised fine-tuning", steps) as advance:
+        advance(done)
+        state = run_sft(
+            phases,
+            fresh_state(policy, optimizer),
+            Trainer(sft_loss(policy.graph, remat=section.remat), make_optimizer(optimizer)),
+            checkpoints,
+            metrics,
+            seed=seed,
+            save_every=section.save_every,
+            on_step=lambda row: advance(1, f"{row['phase']}: loss {row['loss']:.3f}"),
+        )
+    checkpoints.close()
+    return Policy(policy.config, policy.graph, state.params, policy.tokenizer)
+
+
+def trajectory_windows(
+    chat: Chat,
+    recordings: Iterable[Recording],
+    context: ContextPolicy,
+    on_skip: Callable[[str], None] | None = None,
+) -> WindowDataset:
+    """Splits recordings into windows by the agent's own context policy.
+
+    Args:
+        chat: The dialect.
+        recordings: The demonstrations.
+        context: The context policy.
+        on_skip: Told of recordings that do not fit; None raises instead.
+    """
+    windows: list[Window] = []
+    for recording in recordings:
+        pinned = pinned_messages(recording)
+        try:
+            windows += windows_of(chat, recording.messages, pinned, context, recording.source)
+        except UserError as error:
+            if on_skip is None:
+                raise
+            on_skip(f"skipped: {error}")
+    return WindowDataset("trajectories", tuple(windows), context.limit)
+
+
+def drill_windows(
+    name: str,
+    chat: Chat,
+    conversations: Iterable[tuple[Message, ...]],
+    section: DrillSection,
+) -> WindowDataset:
+    """Short conversations as windows of their own; those longer than the section's length go."""
+    context = ContextPolicy(limit=1 << 20, overlap=0, reserve=1)
+    windows = [
+        window
+        for messages in conversations
+        for window in windows_of(chat, messages, 0, context, name)
+        if len(window.tokens) <= section.length
+    ]
+    return WindowDataset(name, tuple(windows), section.length)

@@ -1,0 +1,144 @@
+"""`klong split`: the chunking plan of recorded trajectories, as a table and as JSON."""
+
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from klong_jax.core.errors import UserError
+from klong_jax.core.jsonio import write_json
+from klong_jax.pipelines.config import SplitConfig
+from klong_jax.splitting.fit import fit_turns
+from klong_jax.splitting.plan import TrajectoryPlan, plan_windows
+from klong_jax.splitting.policy import ContextPolicy, split
+from klong_jax.text.chat import Chat
+from klong_jax.text.formats import Recording, read_recordings
+from klong_jax.text.tokenizer import bundled_tokenizer, load_tokenizer
+
+_SHOWN_WINDOWS = 12
+_MARKER = "\n[... cut to fit the context ...]\n"
+
+
+def run(config: SplitConfig) -> None:
+    """Reads, plans, prints and, where asked, writes the plan."""
+    console = Console()
+    policy = config.splitting.policy()
+    path = config.tokenizer.path
+    tokenizer = load_tokenizer(path) if path else bundled_tokenizer()
+    if path is None:
+        console.print(
+            "Counting tokens with the small bundled tokenizer; "
+            "tokenizer.path=FILE takes your model's own.",
+            style="dim",
+        )
+    chat = Chat(tokenizer)
+    skipped: list[str] = []
+    recordings = list(
+        read_recordings(config.data.path, skip_bad=config.data.skip_bad, on_skip=skipped.append)
+    )
+    plans = []
+    for recording in track(recordings, "splitting", console=console, transient=True):
+        try:
+            plans.append(plan_recording(chat, recording, policy))
+        except UserError as error:
+            if not config.data.skip_bad:
+                raise
+            skipped.append(str(error))
+    if not plans:
+        raise UserError(f"{config.data.path}: holds no usable trajectory; check the file.")
+    _print(console, plans)
+    for line in skipped:
+        console.print(f"skipped: {line}", style="yellow", markup=False)
+    if config.output:
+        write_json(config.output, _document(config.data.path, policy, plans, skipped))
+        console.print(f"plan written to {config.output}", markup=False)
+
+
+def plan_recording(chat: Chat, recording: Recording, policy: ContextPolicy) -> TrajectoryPlan:
+    """Splits one recording and describes its windows.
+
+    Raises:
+        UserError: The pinned prefix or an assistant turn does not fit; names the recording.
+    """
+    turns, prefix_len = chat.turns(recording.messages, pinned_messages(recording))
+    if not turns:
+        raise UserError(f"{recording.source}: has no assistant message; nothing can be trained.")
+    policy.check_prefix(prefix_len, recording.source)
+    marker = chat.tokenizer.encode(_MARKER, specials=False)
+    fitted = fit_turns(turns, prefix_len, policy, marker)
+    try:
+        spans = split(fitted.turns, prefix_len, policy)
+    except UserError as error:
+        raise UserError(f"{recording.source}: {error}") from None
+    return TrajectoryPlan(
+        trajectory_id=recording.recording_id,
+        source=recording.source,
+        turns=len(turns),
+        stream_tokens=sum(len(turn.suffix_ids) + len(turn.output_ids) for turn in fitted.turns),
+        output_tokens=sum(len(turn.output_ids) for turn in turns),
+        cut_turns=fitted.cut_turns,
+        cut_tokens=fitted.cut_tokens,
+        windows=plan_windows(fitted.turns, spans),
+    )
+
+
+def pinned_messages(recording: Recording) -> int:
+    """How many messages are pinned: what the data says, else all before the first answer."""
+    if recording.pinned_messages is not None:
+        return recording.pinned_messages
+    roles = [message.role for message in recording.messages]
+    return roles.index("assistant") if "assistant" in roles else len(roles)
+
+
+def _print(console: Console, plans: list[TrajectoryPlan]) -> None:
+    for plan in plans[:3]:
+        table = Table(
+            title=f"{plan.trajectory_id}: {plan.turns} turns, {plan.stream_tokens} tokens"
+        )
+        for name in ("window", "tokens", "pinned", "overlap", "history from", "to", "trains turns"):
+            table.add_column(name, justify="right")
+        table.add_column("trained tokens", justify="right")
+        for row in _rows(plan):
+            table.add_row(*row)
+        console.print(table)
+    if len(plans) > 3:
+        console.print(f"... and {len(plans) - 3} more trajectories; output=FILE writes them all")
+    windows = [window for plan in plans for window in plan.windows]
+    console.print(
+        f"{len(plans)} trajectories, {len(windows)} windows "
+        f"(median {statistics.median(w.length for w in windows):.0f} tokens), "
+        f"{sum(w.trained_tokens for w in windows)} trained tokens, "
+        f"{sum(len(plan.cut_turns) for plan in plans)} turns cut to fit"
+    )
+
+
+def _rows(plan: TrajectoryPlan) -> Iterator[list[str]]:
+    for window in plan.windows[:_SHOWN_WINDOWS]:
+        yield [
+            str(window.index),
+            str(window.length),
+            str(window.prefix_tokens),
+            str(window.overlap_tokens),
+            str(window.start),
+            str(window.end),
+            f"{window.first_trained_turn}-{window.last_trained_turn}",
+            str(window.trained_tokens),
+        ]
+    if len(plan.windows) > _SHOWN_WINDOWS:
+        yield [f"... {len(plan.windows) - _SHOWN_WINDOWS} more", *[""] * 7]
+
+
+def _document(
+    source: Path, policy: ContextPolicy, plans: list[TrajectoryPlan], skipped: list[str]
+) -> dict[str, object]:
+    return {
+        "source": str(source),
+        "context_limit": policy.limit,
+        "overlap": policy.overlap,
+        "reserve": policy.reserve,
+        "trajectories": [plan.to_json() for plan in plans],
+        "skipped": skipped,
+    }

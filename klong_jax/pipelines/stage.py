@@ -1,0 +1,45 @@
+"""What a person sees of a stage: a progress bar while it runs, one line when it is done."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+# Called with how much was done and a short remark.
+Advance = Callable[[int, str], None]
+
+
+@contextmanager
+def stage(console: Console, title: str, total: int) -> Iterator[Advance]:
+    """Shows progress through `total` parts; leaves one line with the time it took."""
+    started = time.monotonic()
+    bar = Progress(
+        TextColumn("{task.description:<24}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[remark]}"),
+        console=console,
+        transient=True,
+    )
+    said = ""
+    with bar:
+        task = bar.add_task(title, total=total, remark="")
+
+        def advance(amount: int, remark: str = "") -> None:
+            nonlocal said
+            said = remark or said
+            bar.update(task, advance=amount, remark=said)
+
+        yield advance
+    console.print(f"{title:<24} {time.monotonic() - started:6.1f} s  {said}", markup=False)

@@ -1,0 +1,1 @@
+"""Progressive RL: stages of growing timeouts over groups of judged rollouts."""

@@ -1,0 +1,78 @@
+"""The policy-gradient loss: clipped ratio, truncated importance weight, KL to a reference."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from klong_jax.kernels.linear_cross_entropy import token_logprobs
+from klong_jax.models.decoder import Decoder, Params
+from klong_jax.training.accumulate import LossFn
+from klong_jax.training.batches import WindowBatch
+
+
+@dataclass(frozen=True)
+class RlLossConfig:
+    """Numbers of the loss.
+
+    Attributes:
+        clip: The ratio to the proximal policy is kept within [1 - clip, 1 + clip].
+        importance_cap: Largest weight for behaviour-policy mismatch.
+        kl_beta: Weight of the KL to the reference; 0 computes no reference.
+    """
+
+    clip: float = 0.2
+    importance_cap: float = 2.0
+    kl_beta: float = 0.0
+
+
+def window_logprobs(
+    graph: nnx.GraphDef[Decoder], params: Params, batch: WindowBatch, *, remat: bool
+) -> tuple[Float[Array, "b s"], Float[Array, "b s"]]:
+    """Log-probability of each token after the first, and entropy of each prediction."""
+    decoder = nnx.merge(graph, params)
+    hidden = decoder.apply(batch.tokens[:, :-1], remat=remat)
+    return token_logprobs(hidden, decoder.output_embedding, batch.tokens[:, 1:])
+
+
+def rl_loss(graph: nnx.GraphDef[Decoder], config: RlLossConfig, *, remat: bool) -> LossFn:
+    """-sum over windows and tokens of mask * w * A * clipped ratio, plus beta * KL.
+
+    A batch takes one update, so the proximal policy is the current one with its gradient stopped:
+    the ratio is 1 in value and its gradient is the policy gradient. w = min(pi_proximal /
+    pi_behaviour, cap), gradient stopped, corrects for the engine's numerics and for stale samples
+    (truncated importance sampling). Windows of a rollout sum, so splitting does not change the
+    gradient; divide by N planned rollouts and the stage's constant C. The KL is the k3 estimator
+    (Schulman 2020) against the batch's reference log-probabilities.
+
+    Args:
+        graph: The decoder.
+        config: Numbers.
+        remat: Recompute activations in the backward pass.
+    """
+
+    def loss(
+        params: Params, batch: WindowBatch
+    ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+        logprobs, entropy = window_logprobs(graph, params, batch, remat=remat)
+        mask = batch.trained[:, 1:]
+        advantage = batch.weight[:, None]
+        proximal = jax.lax.stop_gradient(logprobs)
+        mismatch = mask * (proximal - batch.behaviour_logprobs[:, 1:])
+        importance = jnp.minimum(jnp.exp(mismatch), config.importance_cap)
+        ratio = jnp.exp(logprobs - proximal)
+        clipped = jnp.clip(ratio, 1 - config.clip, 1 + config.clip)
+        surrogate = jnp.minimum(ratio * advantage, clipped * advantage)
+        gap = mask * (batch.reference_logprobs[:, 1:] - logprobs)
+        kl = jnp.sum(mask * (jnp.exp(gap) - 1 - gap)) if config.kl_beta > 0 else jnp.zeros(())
+        logs = {
+            "entropy": jnp.sum(mask * entropy),
+            "mismatch": jnp.sum(jnp.abs(mismatch)),
+            "trained_tokens": jnp.sum(mask),
+            "kl": kl,
+        }
+        return -jnp.sum(mask * importance * surrogate) + config.kl_beta * kl, logs
+
+    return loss

@@ -1,0 +1,141 @@
+"""The progressive RL run: roll out, judge, learn, and advance through the stages."""
+
+import random
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from klong_jax.core.rollout import RolloutRequest
+from klong_jax.models.decoder import Params
+from klong_jax.rl.batch import make_batch
+from klong_jax.rl.stages import Position, Stage, advance, check_stages
+from klong_jax.rollout.queue import RolloutQueue
+from klong_jax.training.accumulate import Trainer, TrainState
+from klong_jax.training.batches import WindowBatch, micro_batches, pad_windows
+from klong_jax.training.checkpoint import Checkpoints
+from klong_jax.training.metrics import MetricsLog
+
+
+@dataclass(frozen=True)
+class RlRunConfig:
+    """The shape of the run.
+
+    Attributes:
+        stages: The stages in order.
+        groups: Tasks a step.
+        rollouts: Rollouts a task.
+        tokens_per_rollout: The loss's constant C: about how many tokens a rollout samples.
+        context_limit: Length windows are padded to.
+        micro_batch: Windows a gradient call.
+        seed: Seeds tasks and sampling.
+    """
+
+    stages: tuple[Stage, ...]
+    groups: int
+    rollouts: int
+    tokens_per_rollout: int
+    context_limit: int
+    micro_batch: int
+    seed: int
+
+
+# Works off the queue with the given policy.
+Play = Callable[[Params, int], Awaitable[None]]
+# Fills in a micro-batch's log-probabilities under the reference policy.
+Refer = Callable[[WindowBatch], WindowBatch]
+
+
+async def run_rl(
+    config: RlRunConfig,
+    state: TrainState,
+    trainer: Trainer,
+    queue: RolloutQueue,
+    task_ids: Sequence[str],
+    play: Play,
+    refer: Refer,
+    checkpoints: Checkpoints,
+    metrics: MetricsLog,
+    on_step: Callable[[dict[str, Any]], None],
+) -> TrainState:
+    """Trains through all stages, from the last checkpoint on if there is one.
+
+    A step's requests have names that follow from stage, step and slot, and putting them twice
+    changes nothing; so a killed run finds its finished rollouts in the queue, rolls out the rest
+    with the same seeds and policy, and goes on as if nothing had happened.
+
+    Args:
+        config: The run.
+        state: The initial policy with a fresh optimiser.
+        trainer: Takes the optimiser steps.
+        queue: The durable queue.
+        task_ids: What to train on.
+        play: Works off the queue with a policy and its version.
+        refer: Adds the reference policy's log-probabilities; returns its argument without a KL.
+        checkpoints: Where the run is saved after every step.
+        metrics: Where a row a step goes.
+        on_step: Called with each row.
+    """
+    check_stages(config.stages)
+    position = Position()
+    if checkpoints.latest() is not None:
+        state, progress = checkpoints.restore(state)
+        position = Position(**progress["position"])
+    while position.stage < len(config.stages):
+        requests = plan_step(config, position, int(state.step), task_ids)
+        queue.put(requests)
+        await play(state.params, int(state.step))
+        results = queue.results({request.group_id for request in requests})
+        batch = make_batch(results)
+        logs: dict[str, float] = {}
+        if batch.windows:
+            padded = pad_windows(batch.windows, batch.advantages, config.context_limit)
+            micro = map(refer, micro_batches(padded, config.micro_batch))
+            planned = config.groups * config.rollouts * config.tokens_per_rollout
+            state, logs = trainer.step(state, micro, planned)
+        else:
+            # Nothing to learn from a step whose rollouts all scored alike; time still passes.
+            state = TrainState(state.params, state.opt_state, state.step + 1)
+        mean = sum(batch.scores) / len(batch.scores) if batch.scores else None
+        row = {
+            "step": int(state.step),
+            "stage": position.stage,
+            "timeout_s": config.stages[position.stage].timeout_s,
+            "mean_score": mean,
+            "invalid": batch.invalid,
+            "timeouts": batch.timeouts,
+            "windows": len(batch.windows),
+            "mean_turns": batch.mean_turns,
+            "mean_active_s": batch.mean_active_s,
+            **logs,
+        }
+        position = advance(config.stages, position, mean)
+        metrics.write(row)
+        checkpoints.save(state, {"position": asdict(position), "seed": config.seed})
+        on_step(row)
+    return state
+
+
+def plan_step(
+    config: RlRunConfig, position: Position, step: int, task_ids: Sequence[str]
+) -> list[RolloutRequest]:
+    """The requests of one step: the same for the same arguments."""
+    rng = random.Random(f"rl/{config.seed}/{position.stage}/{position.step}")
+    chosen = rng.sample(list(task_ids), config.groups)
+    requests = []
+    for group, task_id in enumerate(chosen):
+        for member in range(config.rollouts):
+            slot = group * config.rollouts + member
+            name = f"rl-{position.stage}-{position.step}-{slot}"
+            requests.append(
+                RolloutRequest(
+                    request_id=name,
+                    group_id=f"rl-{position.stage}-{position.step}-{task_id}",
+                    slot=slot,
+                    task_id=task_id,
+                    timeout_s=config.stages[position.stage].timeout_s,
+                    seed=rng.getrandbits(31),
+                    stage=position.stage,
+                    priority=step,
+                )
+            )
+    return requests

@@ -1,0 +1,97 @@
+"""Settings: what configs/ holds is valid, and what contradicts itself is refused."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+
+from klong_jax.cli import COMMANDS
+from klong_jax.core.errors import UserError
+from klong_jax.pipelines.compose import config_dir, explain, help_text, validate
+from klong_jax.pipelines.config import CONFIGS, RecipeConfig, SplitConfig
+
+GIVEN = {
+    "split": ["data.path=x"],
+    "sft": ["data.path=x"],
+    "factory": ["papers=x", "output=y"],
+    "distill": ["tasks=x", "output=y"],
+    "rl": ["checkpoint=x", "tasks=y"],
+    "eval": ["checkpoint=x", "tasks=y"],
+    "rubric": ["path=x"],
+    "report": ["path=x"],
+}
+
+
+def composed(command: str, *overrides: str) -> DictConfig:
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        return compose(command, list(overrides))
+
+
+def settings(command: str, *overrides: str) -> Any:
+    return validate(command, composed(command, *overrides))
+
+
+def test_every_command_has_settings_and_defaults() -> None:
+    assert list(COMMANDS) == list(CONFIGS)
+    assert {path.stem for path in config_dir().glob("*.yaml")} == set(COMMANDS)
+
+
+@pytest.mark.parametrize("command", CONFIGS)
+def test_the_defaults_are_valid_and_explained(command: str) -> None:
+    settings(command, *GIVEN.get(command, []))
+    unexplained = [name for name, said in explain(command).items() if not said]
+    assert unexplained == []
+    text = help_text(command, [])
+    for name in explain(command):
+        assert f"{name.rpartition('.')[2]}:" in text
+
+
+@pytest.mark.parametrize("profile", sorted(p.stem for p in config_dir().glob("profile/*")))
+def test_every_profile_is_a_valid_recipe(profile: str) -> None:
+    recipe = settings("recipe", f"profile={profile}")
+    assert isinstance(recipe, RecipeConfig)
+    assert recipe.profile == profile
+
+
+def test_values_become_what_the_pipelines_use() -> None:
+    split = settings(
+        "split", "data.path=f.jsonl", "splitting.context_limit=4096", "splitting.overlap=512"
+    )
+    assert isinstance(split, SplitConfig)
+    assert split.data.path == Path("f.jsonl")
+    assert (split.splitting.policy().limit, split.splitting.policy().overlap) == (4096, 512)
+    stages = settings("recipe", "rl.stages=[{timeout_s: 5, steps: 1}]").rl.stages
+    assert [(stage.timeout_s, stage.steps) for stage in stages] == [(5.0, 1)]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["splitting.overlap=4096"], "overlap + reserve"),
+        (["splitting.context_limit=abc"], 'splitting.context_limit="abc"'),
+        (["seed=true"], "seed=true"),
+        (["seed=-1"], "seed=-1"),
+        (["+splitting.limit=3"], "splitting.limit is no setting"),
+        (["model.num_heads=3"], "multiple of num_kv_heads"),
+        (["model.head_dim=15"], "model.head_dim=15"),
+        (["rl.rollouts=1"], "rl.rollouts=1"),
+        (["rl.stages=[]"], "rl.stages=[]"),
+        (["rl.stages=[{timeout_s: 9, steps: 1}, {timeout_s: 9, steps: 1}]"], "must be longer"),
+        (["~seed"], "seed is missing"),
+        (["clock.kind=sundial"], "'virtual' or 'wall'"),
+        (["run.id=a/b"], "run.id"),
+        (["seed=${nowhere}"], "nowhere"),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_name(overrides: list[str], said: str) -> None:
+    with pytest.raises(UserError) as caught:
+        settings("recipe", *overrides)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_must_be_given_is_asked_for() -> None:
+    with pytest.raises(UserError, match=r"^data\.path is not given: add data\.path=VALUE"):
+        settings("split")

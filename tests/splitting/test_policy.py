@@ -1,0 +1,158 @@
+"""The context policy as properties: what DESIGN calls "a window is what the agent saw"."""
+
+import numpy as np
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from klong_jax.core.errors import UserError
+from klong_jax.core.trajectory import Turn, cut_window, token_stream
+from klong_jax.splitting.policy import ContextOverflow, ContextPolicy, WindowTracker, split
+
+
+@st.composite
+def recordings(draw: st.DrawFn) -> tuple[tuple[Turn, ...], int, ContextPolicy]:
+    """Turns with distinct tokens, a pinned prefix that ends at a turn, and a policy that fits."""
+    lengths = draw(
+        st.lists(st.tuples(st.integers(1, 12), st.integers(1, 8)), min_size=1, max_size=30)
+    )
+    turns, token = [], 0
+    for suffix, output in lengths:
+        turns.append(
+            Turn(
+                tuple(range(token, token + suffix)),
+                tuple(range(token + suffix, token + suffix + output)),
+            )
+        )
+        token += suffix + output
+    pinned_turns = draw(st.integers(0, min(3, len(turns) - 1)))
+    prefix = sum(len(t.suffix_ids) + len(t.output_ids) for t in turns[:pinned_turns])
+    # The prefix may end inside a suffix: after what was read, before the generation prompt.
+    prefix += draw(st.integers(0, len(turns[pinned_turns].suffix_ids) - 1))
+    reserve = draw(st.integers(8, 12))
+    limit = prefix + 12 + reserve + draw(st.integers(0, 60))
+    overlap = draw(st.integers(0, 40))
+    assume(overlap + reserve < limit)
+    return tuple(turns), prefix, ContextPolicy(limit, overlap, reserve)
+
+
+@given(recordings())
+def test_every_window_fits_and_begins_with_the_same_prefix(
+    case: tuple[tuple[Turn, ...], int, ContextPolicy],
+) -> None:
+    turns, prefix, policy = case
+    stream = token_stream(turns)
+    windows = [cut_window(i, s, *stream) for i, s in enumerate(split(turns, prefix, policy))]
+    for window in windows:
+        assert len(window.tokens) <= policy.limit
+        assert window.prefix_len == prefix
+        np.testing.assert_array_equal(window.tokens[:prefix], stream[0][:prefix])
+
+
+@given(recordings())
+def test_every_output_token_is_trained_exactly_once(
+    case: tuple[tuple[Turn, ...], int, ContextPolicy],
+) -> None:
+    turns, prefix, policy = case
+    stream = token_stream(turns)
+    trained = [
+        token
+        for i, span in enumerate(split(turns, prefix, policy))
+        for window in [cut_window(i, span, *stream)]
+        for token in window.tokens[window.trained_mask].tolist()
+    ]
+    assert trained == [token for turn in turns for token in turn.output_ids]
+
+
+@given(recordings())
+def test_consecutive_windows_overlap_as_much_as_asked_and_no_more(
+    case: tuple[tuple[Turn, ...], int, ContextPolicy],
+) -> None:
+    turns, prefix, policy = case
+    ends = np.cumsum([len(t.suffix_ids) + len(t.output_ids) for t in turns])
+    starts = np.maximum(ends - [len(t.suffix_ids) + len(t.output_ids) for t in turns], prefix)
+    spans = split(turns, prefix, policy)
+    for before, after in zip(spans, spans[1:], strict=False):
+        assert after.fresh_from == before.end
+        assert before.end - after.keep_from <= policy.overlap
+        # One more turn of history would have broken the overlap or the limit.
+        earlier = [s for s in starts if s < after.keep_from]
+        if earlier:
+            turn = int(np.searchsorted(ends, after.fresh_from, side="right"))
+            need = max(policy.reserve, len(turns[turn].output_ids))
+            context = prefix + int(starts[turn]) + len(turns[turn].suffix_ids) - int(earlier[-1])
+            assert before.end - earlier[-1] > policy.overlap or context + need > policy.limit - 12
+
+
+@given(recordings())
+def test_the_splitter_shows_each_turn_the_context_the_agent_saw(
+    case: tuple[tuple[Turn, ...], int, ContextPolicy],
+) -> None:
+    turns, prefix, policy = case
+    stream = token_stream(turns)
+    tracker = WindowTracker(policy, prefix)
+    seen = []
+    position = 0
+    for turn in turns:
+        suffix_end = position + len(turn.suffix_ids)
+        end = suffix_end + len(turn.output_ids)
+        if end > prefix:
+            # Online the output's length is not known; the agent's outputs never pass the reserve.
+            keep_from = tracker.open_turn(max(position, prefix), suffix_end)
+            seen.append([*range(prefix), *range(keep_from, suffix_end)])
+        tracker.close_turn(end)
+        position = end
+    shown = []
+    position = 0
+    spans = split(turns, prefix, policy)
+    assert spans == tracker.spans()
+    for turn in turns:
+        suffix_end = position + len(turn.suffix_ids)
+        position = suffix_end + len(turn.output_ids)
+        if position <= prefix:
+            continue
+        span = next(s for s in spans if s.fresh_from <= suffix_end < s.end)
+        window = cut_window(0, span, *stream)
+        first = int(np.flatnonzero(window.tokens == turn.output_ids[0])[0])
+        shown.append(window.tokens[:first].tolist())
+    assert shown == seen
+
+
+def test_a_prefix_that_leaves_no_room_is_refused_by_name() -> None:
+    with pytest.raises(UserError, match=r"task t: .*context_limit=100; raise it above 120"):
+        ContextPolicy(100, 10, 20).check_prefix(100, "task t")
+
+
+def test_a_turn_that_fits_nowhere_is_refused_by_number() -> None:
+    turns = (Turn((1,) * 5, (2,) * 5), Turn((3,) * 80, (4,) * 5))
+    with pytest.raises(UserError, match="turn 1"):
+        split(turns, 5, ContextPolicy(64, 10, 10))
+
+
+def test_a_refused_turn_leaves_the_tracker_as_it_was() -> None:
+    tracker = WindowTracker(ContextPolicy(64, 10, 10), 5)
+    tracker.open_turn(5, 10)
+    tracker.close_turn(20)
+    before = tracker.spans()
+    with pytest.raises(ContextOverflow):
+        tracker.open_turn(20, 100)
+    assert tracker.spans() == before
+
+
+@pytest.mark.parametrize(
+    ("limit", "overlap", "reserve"), [(0, 0, 1), (10, -1, 1), (10, 5, 5), (10, 0, 0)]
+)
+def test_contradictory_numbers_are_refused(limit: int, overlap: int, reserve: int) -> None:
+    with pytest.raises(UserError, match="splitting"):
+        ContextPolicy(limit, overlap, reserve)
+
+
+def test_the_prefix_cannot_grow_after_a_cut() -> None:
+    tracker = WindowTracker(ContextPolicy(40, 0, 10), 5)
+    tracker.open_turn(5, 10)
+    tracker.close_turn(20)
+    tracker.open_turn(20, 35)
+    tracker.close_turn(40)
+    assert not tracker.uncut
+    with pytest.raises(ValueError, match="prefix"):
+        tracker.pin(20)
