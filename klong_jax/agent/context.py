@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from klong_jax.agent.observation import fit
+from klong_jax.agent.output import output_ids
 from klong_jax.core.message import Message
 from klong_jax.core.trajectory import Turn, WindowSpan
 from klong_jax.llm.base import Completion, Prompt
@@ -111,14 +112,15 @@ class Context:
             How many texts were cut.
         """
         left = self.room - self._overhead(messages)
-        shown: list[Message] = []
-        cut = 0
-        for number, (message, cap) in enumerate(zip(messages, caps, strict=True)):
-            share = min(cap, left // (len(messages) - number))
-            text = fit(message.content, share, self._chat.tokenizer)
+        shown = list(messages)
+        # The short ones first: what they leave is the long ones'.
+        order = sorted(range(len(shown)), key=lambda number: len(shown[number].content))
+        for waiting, number in zip(range(len(order), 0, -1), order, strict=True):
+            share = min(caps[number], left // waiting)
+            text = fit(shown[number].content, share, self._chat.tokenizer)
             left -= len(self._chat.tokenizer.encode(text, specials=False)) if text else 0
-            cut += text is not message.content
-            shown.append(replace(message, content=text))
+            shown[number] = replace(shown[number], content=text)
+        cut = sum(a.content != b.content for a, b in zip(shown, messages, strict=True))
         self._pending += self._chat.environment_ids(shown, after_output=True)
         self.messages += shown
         return cut
@@ -164,7 +166,7 @@ class Context:
             gen_s: Active seconds charged.
         """
         opened = self._must_be_open()
-        output, finish = self._output(completion), completion.finish_reason
+        output, finish = output_ids(self._chat, completion), completion.finish_reason
         suffix_end = len(self._stream) + len(opened.suffix)
         if len(output) > self._policy.reserve:
             # Only of a model that counts in other tokens: placed as the splitter will place it.
@@ -237,15 +239,6 @@ class Context:
         if self._opened is None:
             raise RuntimeError("no turn is open")
         return self._opened
-
-    def _output(self, completion: Completion) -> tuple[int, ...]:
-        """The sampled tokens; of a model that gives none, what the dialect would have sampled."""
-        if completion.output_ids:
-            return completion.output_ids
-        ids = tuple(self._chat.output_ids(completion.message))
-        if completion.finish_reason == "length":
-            return ids[: len(ids) - len(self._chat.cut_ids)]
-        return ids
 
     def _overhead(self, messages: Sequence[Message]) -> int:
         """Tokens of the template around the messages."""

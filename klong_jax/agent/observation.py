@@ -17,9 +17,9 @@ def fit(text: str, limit: int, tokenizer: Tokenizer) -> str:
     # A byte-level token is at least one byte; a sentencepiece may add one for the word's start.
     if len(text) * 4 < limit or len(text.encode()) < limit:
         return text
-    keep = len(text)
-    if keep > limit * _DENSEST:
-        keep = limit * _DENSEST
+    if limit <= 0:
+        return ""
+    keep = min(len(text), limit * _DENSEST)
     while True:
         shown = _shorten(text, keep)
         used = len(tokenizer.encode(shown, specials=False))

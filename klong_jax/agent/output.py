@@ -1,11 +1,11 @@
-"""A model's turn made usable: calls written as text are read, unusable calls are left out."""
+"""A model's turn made usable: calls written as text are read, tokens are found where none came."""
 
 import json
 from dataclasses import replace
 
 from klong_jax.core.message import ToolCall
 from klong_jax.llm.base import Completion
-from klong_jax.text.chat import parse_output
+from klong_jax.text.chat import Chat, parse_output
 
 
 def spoken(completion: Completion) -> Completion:
@@ -21,6 +21,16 @@ def spoken(completion: Completion) -> Completion:
         message = replace(message, tool_calls=usable)
         problem = problem or "The tool call holds half a surrogate pair; write plain text."
     return replace(completion, message=message, problem=problem)
+
+
+def output_ids(chat: Chat, completion: Completion) -> tuple[int, ...]:
+    """The sampled tokens; of a model that gives none, what the dialect would have sampled."""
+    if completion.output_ids:
+        return completion.output_ids
+    ids = tuple(chat.output_ids(completion.message))
+    if completion.finish_reason == "length":
+        return ids[: len(ids) - len(chat.cut_ids)]
+    return ids
 
 
 def _encodable(call: ToolCall) -> bool:

@@ -156,6 +156,17 @@ async def distill(
             if isinstance(error, UserError):
                 raise error from None
         raise
+    return _write(found, failed, resumed, min_score, out)
+
+
+def _write(
+    found: dict[str, dict[str, Any]],
+    failed: dict[str, str],
+    resumed: int,
+    min_score: float,
+    out: Path,
+) -> DistillReport:
+    """Writes what is confirmed, by task id, and says what came of everything."""
     scores = {task_id: float(found[task_id]["score"]) for task_id in sorted(found)}
     kept = {task_id: score for task_id, score in scores.items() if score >= min_score}
     write_openai_jsonl(out, [_recording(task_id, found[task_id]) for task_id in kept])

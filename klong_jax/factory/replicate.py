@@ -156,7 +156,7 @@ def make_task(seed: int, components: int, root: Path | None = None) -> Task:
     official = f"https://code.example/{built[0][0]}-{built[0][1]}/official-{seed}"
     task = Task(
         task_id=task_id,
-        title=f"Formulas modulo {paper.modulus}",
+        title=f"{components} components",
         instructions=(
             f"Read sections 1 to 4, then build components 1 to {components}: "
             "write cK.sh, then sh run.sh K"

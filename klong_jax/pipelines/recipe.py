@@ -13,7 +13,7 @@ from pathlib import Path
 from rich.console import Console
 
 from klong_jax.core.jsonio import write_json
-from klong_jax.core.message import Message
+from klong_jax.core.message import ROLES, Message
 from klong_jax.core.task import Task
 from klong_jax.factory.drills import component_drill, lookup_drill
 from klong_jax.pipelines import rl as rl_pipeline
@@ -123,7 +123,8 @@ class _Recipe:
         if not file.exists():
             conversations = [recording.messages for recording in recordings]
             conversations += [lookup_drill(seed) for seed in range(200)]
-            texts = (text for messages in conversations for text in _texts(messages))
+            texts = [text for messages in conversations for text in _texts(messages)]
+            texts += ROLES * len(conversations)
             trained: HuggingFaceTokenizer = train_tokenizer(
                 texts, self.config.tokenizer.vocab_size
             )

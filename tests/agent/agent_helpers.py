@@ -1,7 +1,7 @@
 """A scripted model over real tokens, and what a rollout in a real sandbox needs."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -100,7 +100,7 @@ def rollout(
                 box,
                 chat(),
                 policy,
-                budget or Budget(1e6),
+                budget or Budget(1e6, max_turns=60),
                 clock or VirtualClock(0.01, 1.0),
                 trajectory_id="t.0",
                 session="s",
@@ -112,6 +112,3 @@ def rollout(
 def answers(result: AgentResult) -> list[str]:
     """What the environment said after the opening."""
     return [m.content for m in result.trajectory.messages[2:] if m.role in ("tool", "user")]
-
-
-Builder = Callable[[str], AgentResult]

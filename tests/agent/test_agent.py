@@ -135,6 +135,21 @@ def test_all_calls_of_a_turn_are_run_in_order(service: str) -> None:
     assert answers(result)[2:] == ["", "", "", "0\n1\n2", "ended"]
 
 
+def test_more_calls_than_there_is_room_for_are_not_run(service: str) -> None:
+    policy = ContextPolicy(limit=2200, overlap=100, reserve=1400)
+    one = (
+        '<tool_call>\n{"name": "bash", "arguments": {"command": "seq 200; echo >>n"}}\n</tool_call>'
+    )
+    model = Script(*READ, "\n".join([one] * 20), bash("wc -l <n"))
+    result = rollout(service, make_task(), model, policy=policy)
+    run = int(answers(result)[-2])
+    assert 1 < run < 16
+    assert answers(result)[-3].startswith(f"Only the first {run} calls")
+    turns, spans = result.trajectory.turns, result.trajectory.spans
+    assert split(turns, spans[0].prefix_len, policy) == spans
+    assert result.trajectory.failures["observation_truncated"] == run
+
+
 def test_repetition_is_counted(service: str) -> None:
     result = rollout(service, make_task(), Script(*READ, *[bash("true")] * 4))
     assert result.trajectory.failures == {"repeated_call": 2}

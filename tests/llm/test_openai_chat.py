@@ -105,7 +105,7 @@ def test_nobody_listening_is_unavailable() -> None:
         async with OpenAIChat("http://127.0.0.1:9/v1", "m", max_retries=0) as model:
             await model.complete(PROMPT, max_tokens=5, deadline_s=None)
 
-    with pytest.raises(ModelUnavailable, match="127.0.0.1:9"):
+    with pytest.raises(ModelUnavailable, match=r"127\.0\.0\.1:9"):
         asyncio.run(run())
 
 

@@ -1,0 +1,46 @@
+"""The order of the data follows from seed and position, and each window comes once an epoch."""
+
+import numpy as np
+import pytest
+
+from klong_jax.core.errors import UserError
+from klong_jax.core.message import Message
+from klong_jax.core.trajectory import Window
+from klong_jax.sft.data import WindowDataset, windows_of
+from klong_jax.splitting.policy import ContextPolicy
+from klong_jax.text.chat import Chat
+from klong_jax.text.tokenizer import train_tokenizer
+
+
+def dataset(count: int) -> WindowDataset:
+    def window(index: int) -> Window:
+        one = np.array([index])
+        return Window(index, 0, one, one > -1, one.astype(np.float32), one)
+
+    return WindowDataset("test", tuple(window(index) for index in range(count)), 1)
+
+
+def test_an_epoch_holds_each_window_once_in_an_order_of_its_own() -> None:
+    data = dataset(10)
+    seen = [w.index for position in range(0, 30, 5) for w in data.batch(position, 5, seed=3)]
+    epochs = [seen[0:10], seen[10:20], seen[20:30]]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+
+
+def test_the_batch_at_a_position_is_always_the_same() -> None:
+    first = [w.index for w in dataset(10).batch(7, 6, seed=1)]
+    assert first == [w.index for w in dataset(10).batch(7, 6, seed=1)]
+    assert first != [w.index for w in dataset(10).batch(7, 6, seed=2)]
+
+
+def test_a_prefix_that_does_not_fit_names_the_recording() -> None:
+    chat = Chat(train_tokenizer(["a b c"], 300))
+    messages = (Message("user", "long " * 50), Message("assistant", "yes"))
+    with pytest.raises(UserError, match=r"file\.jsonl:3: the pinned prefix"):
+        windows_of(chat, messages, 1, ContextPolicy(60, 5, 5), "file.jsonl:3")
+
+
+def test_no_windows_is_an_error() -> None:
+    with pytest.raises(UserError, match="holds no windows"):
+        WindowDataset("empty", (), 1)
