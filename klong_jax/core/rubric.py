@@ -128,6 +128,7 @@ def parse_rubric(value: Any, source: str) -> RubricNode:
     Raises:
         UserError: Something is missing or impossible; names the file and the JSON path.
     """
+
     def refuse(path: str, problem: str) -> UserError:
         return UserError(f"{source}: {path}: {problem}.")
 

@@ -121,7 +121,12 @@ class Engine:
         return Seat(self, slot, seed)
 
     async def submit(
-        self, slot: int, prompt: list[int], max_tokens: int, key: np.ndarray, deadline_s: float | None
+        self,
+        slot: int,
+        prompt: list[int],
+        max_tokens: int,
+        key: np.ndarray,
+        deadline_s: float | None,
     ) -> _Sampled:
         """Samples one turn in a slot; turns of one slot must not overlap."""
         if len(prompt) + max_tokens > self.config.context_limit:
@@ -130,7 +135,9 @@ class Engine:
                 f"{self.config.context_limit}"
             )
         loop = asyncio.get_running_loop()
-        job = _Job(slot, prompt, max_tokens, key, deadline_s, loop.create_future(), time.monotonic())
+        job = _Job(
+            slot, prompt, max_tokens, key, deadline_s, loop.create_future(), time.monotonic()
+        )
         self._queue.append(job)
         self._wake.set()
         if self._runner is None or self._runner.done():
@@ -192,7 +199,9 @@ class Engine:
             tokens[slot, : len(piece)] = piece
             positions[slot, : len(piece)] = np.arange(start, start + len(piece))
             self._cached[slot] = self._cached[slot] + piece
-        self._cache = self._prefill(self._params, self._cache, tokens, positions)
+        self._cache = self._prefill(
+            self._params, self._cache, jnp.asarray(tokens), jnp.asarray(positions)
+        )
 
     def _sample_once(self) -> None:
         slots = self.config.slots

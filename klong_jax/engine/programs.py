@@ -17,7 +17,11 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 from klong_jax.models.decoder import Cache, Decoder, Params
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["token", "position", "left", "key", "drawn"], meta_fields=[])
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["token", "position", "left", "key", "drawn"],
+    meta_fields=[],
+)
 @dataclass(frozen=True)
 class Rows:
     """Where each row of the batch stands.

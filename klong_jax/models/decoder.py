@@ -152,9 +152,7 @@ class Decoder(nnx.Module):
             return (block.finish(hidden, attended), (keys, values)), None
 
         numbered = (jnp.arange(self.config.num_layers), layers)
-        (hidden, cache), _ = jax.lax.scan(
-            layer, (self.embedding[...][tokens], cache), numbered
-        )
+        (hidden, cache), _ = jax.lax.scan(layer, (self.embedding[...][tokens], cache), numbered)
         return self.norm(hidden), cache
 
 

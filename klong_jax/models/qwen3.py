@@ -12,12 +12,12 @@ from klong_jax.models.config import DecoderConfig
 from klong_jax.models.decoder import Params
 
 # Decoder path -> Hugging Face name, and whether the matrix is stored transposed there.
-_TOP = {
+_TOP: dict[tuple[str, ...], tuple[str, bool]] = {
     ("embedding",): ("model.embed_tokens.weight", False),
     ("unembedding",): ("lm_head.weight", False),
     ("norm", "scale"): ("model.norm.weight", False),
 }
-_LAYER = {
+_LAYER: dict[tuple[str, ...], tuple[str, bool]] = {
     ("attention_norm", "scale"): ("input_layernorm.weight", False),
     ("mlp_norm", "scale"): ("post_attention_layernorm.weight", False),
     ("query", "kernel"): ("self_attn.q_proj.weight", True),
@@ -104,5 +104,7 @@ def weights_from_hf(
         layers = [weights[f"model.layers.{i}.{name}"] for i in range(config.num_layers)]
         return np.stack([layer.T if transposed else layer for layer in layers])
 
-    flat = {path: value.replace(jnp.asarray(read(path))) for path, value in nnx.to_flat_state(params)}
+    flat = {
+        path: value.replace(jnp.asarray(read(path))) for path, value in nnx.to_flat_state(params)
+    }
     return nnx.from_flat_state(flat)

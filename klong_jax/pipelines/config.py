@@ -3,7 +3,6 @@
 The sentence under a field is its explanation in `klong COMMAND --help`.
 """
 
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -388,7 +387,7 @@ class FactoryConfig(Section):
 
 
 class DistillConfig(Section):
-    """Demonstrations of tasks, recorded from a teacher in real sandboxes and kept if judged well."""
+    """Demonstrations of tasks by a teacher in real sandboxes, kept if judged well."""
 
     tasks: Path
     """Folder of task folders."""

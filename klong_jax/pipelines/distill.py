@@ -20,7 +20,6 @@ from klong_jax.pipelines.config import (
     ClockSection,
     DistillConfig,
     DistillSection,
-    SandboxSection,
     TeacherSection,
 )
 from klong_jax.pipelines.stage import stage

@@ -11,7 +11,7 @@ from klong_jax.engine.engine import Engine
 from klong_jax.evals.heldout import eval_rows, plan_eval
 from klong_jax.models.decoder import Params
 from klong_jax.pipelines.config import EvalConfig, EvalSection
-from klong_jax.pipelines.policy import load_policy, make_engine
+from klong_jax.pipelines.policy import keep_compiled, load_policy, make_engine
 from klong_jax.pipelines.rl import player
 from klong_jax.pipelines.rundir import open_run
 from klong_jax.pipelines.stage import stage
@@ -38,6 +38,7 @@ async def _run(config: EvalConfig) -> None:
     context = config.splitting.policy()
     name: report.Policy = "rl" if (config.policy.name == "rl") else "sft"
     with open_run("eval", config, config.run) as folder:
+        keep_compiled(folder.path)
         queue = run_queue(config.queue, folder.path, folder.run_id)
         async with open_sandboxes(config.sandbox) as client:
             runner = make_runner(

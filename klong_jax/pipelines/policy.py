@@ -48,6 +48,15 @@ class Policy:
         return sum(int(leaf.size) for leaf in jax.tree.leaves(self.params))
 
 
+def keep_compiled(folder: Path) -> None:
+    """Keeps compiled programs in a run's folder, so that resuming it starts at once.
+
+    In the run's own folder, because a program compiled for one machine may not suit another.
+    """
+    jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
 def new_policy(section: ModelSection, tokenizer: Tokenizer, seed: int) -> Policy:
     """A randomly initialised policy."""
     config = DecoderConfig(
@@ -91,7 +100,9 @@ def load_policy(folder: Path) -> Policy:
     try:
         config = DecoderConfig(**fields)
     except TypeError as error:
-        raise UserError(f"{folder}/model.json: {error}; it was written by another version.") from None
+        raise UserError(
+            f"{folder}/model.json: {error}; it was written by another version."
+        ) from None
     graph, params = build(config, 0)
     policy = Policy(config, graph, params, load_tokenizer(folder / "tokenizer.json"))
     checkpoints = Checkpoints(folder / "checkpoints", policy.identity)
@@ -123,5 +134,6 @@ def fresh_state(policy: Policy, optimizer: OptimizerConfig) -> TrainState:
 
     Parameters are copied: a training step reuses the buffers of its state.
     """
-    return init_state(jax.tree.map(lambda leaf: leaf.copy(), policy.params), make_optimizer(optimizer))
-
+    return init_state(
+        jax.tree.map(lambda leaf: leaf.copy(), policy.params), make_optimizer(optimizer)
+    )

@@ -22,18 +22,24 @@ from klong_jax.pipelines.config import RecipeConfig
 from klong_jax.pipelines.distill import demonstrate
 from klong_jax.pipelines.eval import evaluate
 from klong_jax.pipelines.factory import write_tasks
-from klong_jax.pipelines.policy import Policy, make_engine, new_policy
+from klong_jax.pipelines.policy import Policy, keep_compiled, make_engine, new_policy
 from klong_jax.pipelines.rundir import RunDir, open_run
 from klong_jax.pipelines.split import plan_recording
 from klong_jax.pipelines.world import make_runner, open_sandboxes, run_queue
 from klong_jax.report.data import EvalRow, RlPoint, RunReport
+from klong_jax.report.data import Policy as PolicyName
 from klong_jax.report.html import write_report
 from klong_jax.report.table import print_summary
 from klong_jax.sft.run import Phase
 from klong_jax.text.chat import Chat
 from klong_jax.text.formats import Recording, message_to_openai, read_recordings
 from klong_jax.text.tasks import load_task
-from klong_jax.text.tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokenizer, train_tokenizer
+from klong_jax.text.tokenizer import (
+    HuggingFaceTokenizer,
+    Tokenizer,
+    load_tokenizer,
+    train_tokenizer,
+)
 from klong_jax.training.metrics import read_metrics
 from sandbox.client import SandboxClient
 
@@ -43,6 +49,7 @@ def run(config: RecipeConfig) -> None:
     console = Console()
     with open_run("recipe", config, config.run) as folder:
         console.print(f"run {folder.path}", markup=False)
+        keep_compiled(folder.path)
         asyncio.run(_Recipe(config, folder, console).run())
 
 
@@ -125,9 +132,7 @@ class _Recipe:
             conversations += [lookup_drill(seed) for seed in range(200)]
             texts = [text for messages in conversations for text in _texts(messages)]
             texts += ROLES * len(conversations)
-            trained: HuggingFaceTokenizer = train_tokenizer(
-                texts, self.config.tokenizer.vocab_size
-            )
+            trained: HuggingFaceTokenizer = train_tokenizer(texts, self.config.tokenizer.vocab_size)
             trained.save(file)
         return load_tokenizer(file)
 
@@ -197,7 +202,8 @@ class _Recipe:
         if self.folder.done("rl") is None:
             self._done("rl")
         rows: list[EvalRow] = []
-        for name, policy in (("base", base), ("sft", sft), ("rl", trained)):
+        compared: dict[PolicyName, Policy] = {"base": base, "sft": sft, "rl": trained}
+        for name, policy in compared.items():
             rows += await evaluate(
                 name,
                 policy.params,
@@ -248,7 +254,9 @@ class _Recipe:
                 for row in read_metrics(self.path / "rl" / "metrics.jsonl")
             ),
             evals=tuple(rows),
-            timings={name: (self.folder.done(name) or {"seconds": 0.0})["seconds"] for name in stages},
+            timings={
+                name: (self.folder.done(name) or {"seconds": 0.0})["seconds"] for name in stages
+            },
         )
         page = write_report(self.path, made)
         print_summary(made, self.console)
@@ -273,4 +281,3 @@ def _texts(messages: Sequence[Message]) -> list[str]:
             function = call["function"]
             texts.append(f'{{"name": "{function["name"]}", "arguments": {function["arguments"]}}}')
     return texts
-

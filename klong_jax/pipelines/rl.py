@@ -19,6 +19,7 @@ from klong_jax.pipelines.policy import (
     Policy,
     describe_policy,
     fresh_state,
+    keep_compiled,
     load_policy,
     make_engine,
 )
@@ -50,6 +51,7 @@ async def _run(config: RlConfig) -> None:
     tasks = load_tasks(config.tasks)
     context = config.splitting.policy()
     with open_run("rl", config, config.run) as folder:
+        keep_compiled(folder.path)
         queue = run_queue(config.queue, folder.path, folder.run_id)
         async with open_sandboxes(config.sandbox) as client:
             runner = make_runner(
@@ -156,4 +158,3 @@ def _reference(policy: Policy) -> Refer:
 def _remark(row: dict[str, Any]) -> str:
     score = "none valid" if row["mean_score"] is None else f"{row['mean_score']:.2f}"
     return f"stage {row['stage'] + 1} ({row['timeout_s']:g} s): score {score}"
-

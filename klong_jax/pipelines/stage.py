@@ -1,8 +1,9 @@
 """What a person sees of a stage: a progress bar while it runs, one line when it is done."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 from rich.console import Console
 from rich.progress import (
@@ -14,8 +15,13 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-# Called with how much was done and a short remark.
-Advance = Callable[[int, str], None]
+
+class Advance(Protocol):
+    """Tells the bar how much was done, and a short remark to show beside it."""
+
+    def __call__(self, amount: int, remark: str = "") -> None:
+        """Moves the bar; an empty remark leaves the last one."""
+        ...
 
 
 @contextmanager

@@ -54,9 +54,7 @@ def run_queue(section: QueueSection, folder: Path, run_id: str) -> RolloutQueue:
     A run's folder is locked by one process, so every lease found on opening a queue of its own is
     a dead one.
     """
-    queue = open_queue(
-        section.url or str(folder / "rollouts.sqlite"), run_id, section.max_attempts
-    )
+    queue = open_queue(section.url or str(folder / "rollouts.sqlite"), run_id, section.max_attempts)
     queue.recover(())
     return queue
 

@@ -34,7 +34,9 @@ class RlBatch:
 def make_batch(results: Sequence[RolloutResult]) -> RlBatch:
     """Groups results by their explicit group ids and weighs every window by its advantage."""
     groups: dict[str, list[RolloutResult]] = {}
-    for result in sorted(results, key=lambda result: (result.request.group_id, result.request.slot)):
+    for result in sorted(
+        results, key=lambda result: (result.request.group_id, result.request.slot)
+    ):
         groups.setdefault(result.request.group_id, []).append(result)
     windows: list[Window] = []
     advantages: list[float] = []

@@ -34,7 +34,7 @@ def window_logprobs(
     """Log-probability of each token after the first, and entropy of each prediction."""
     decoder = nnx.merge(graph, params)
     hidden = decoder.apply(batch.tokens[:, :-1], remat=remat)
-    return token_logprobs(hidden, decoder.output_embedding, batch.tokens[:, 1:])
+    return token_logprobs(hidden, decoder.output_embedding, jnp.asarray(batch.tokens)[:, 1:])
 
 
 def rl_loss(graph: nnx.GraphDef[Decoder], config: RlLossConfig, *, remat: bool) -> LossFn:

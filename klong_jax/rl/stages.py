@@ -1,5 +1,6 @@
 """Progressive RL's stages: rollout timeouts that grow as the policy does (KLong, section 4)."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -44,7 +45,7 @@ def check_stages(stages: Sequence[Stage]) -> None:
     """
     if not stages:
         raise UserError("rl.stages: at least one stage is needed.")
-    for index, (before, after) in enumerate(zip(stages, stages[1:], strict=False), start=1):
+    for index, (before, after) in enumerate(itertools.pairwise(stages), start=1):
         if after.timeout_s <= before.timeout_s:
             raise UserError(
                 f"rl.stages[{index}].timeout_s={after.timeout_s:g} must be larger than the "

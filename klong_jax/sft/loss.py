@@ -22,7 +22,9 @@ def sft_loss(graph: nnx.GraphDef[Decoder], *, remat: bool) -> LossFn:
     ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
         decoder = nnx.merge(graph, params)
         hidden = decoder.apply(batch.tokens[:, :-1], remat=remat)
-        logprobs, entropy = token_logprobs(hidden, decoder.output_embedding, batch.tokens[:, 1:])
+        logprobs, entropy = token_logprobs(
+            hidden, decoder.output_embedding, jnp.asarray(batch.tokens)[:, 1:]
+        )
         weight = batch.trained[:, 1:] * batch.weight[:, None]
         return -jnp.sum(weight * logprobs), {"entropy": jnp.sum(weight * entropy)}
 

@@ -40,7 +40,9 @@ async def speak(
     return [await seat.complete(p, max_tokens=max_tokens, deadline_s=None) for p in prompts]
 
 
-def naive(context: list[int], max_tokens: int, turn: int, seed: int = 7) -> tuple[list[int], list[float]]:
+def naive(
+    context: list[int], max_tokens: int, turn: int, seed: int = 7
+) -> tuple[list[int], list[float]]:
     """Samples with the whole context recomputed for each token."""
     decoder = nnx.merge(GRAPH, PARAMS)
     key = jax.random.fold_in(jax.random.key(seed), turn)

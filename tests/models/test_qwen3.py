@@ -52,13 +52,15 @@ def test_logits_and_gradients_equal_transformers(tie: bool) -> None:
     named = qwen3.weights_to_hf(grads, config)
     for name, parameter in model.named_parameters():
         got, want = named[name], parameter.grad.numpy()
-        np.testing.assert_allclose(got, want, atol=2e-5 * max(1.0, np.abs(want).max()), err_msg=name)
+        np.testing.assert_allclose(
+            got, want, atol=2e-5 * max(1.0, np.abs(want).max()), err_msg=name
+        )
 
 
 @pytest.mark.parametrize("tie", [True, False])
 def test_weights_survive_the_round_trip_bit_for_bit(tie: bool) -> None:
     config, model = reference(tie)
-    graph, params = build(config, 0)
+    _graph, params = build(config, 0)
     originals = weights(model)
     back = qwen3.weights_to_hf(qwen3.weights_from_hf(params, originals, config), config)
     missing = {"lm_head.weight"} if tie else set()

@@ -11,17 +11,20 @@ from klong_jax.cli import COMMANDS
 from klong_jax.core.errors import UserError
 from klong_jax.pipelines.compose import config_dir, explain, help_text, validate
 from klong_jax.pipelines.config import CONFIGS, RecipeConfig, SplitConfig
+from klong_jax.rl.stages import Stage
 
 GIVEN = {
     "split": ["data.path=x"],
     "sft": ["data.path=x"],
-    "factory": ["papers=x", "output=y"],
+    "factory": ["output=y"],
     "distill": ["tasks=x", "output=y"],
-    "rl": ["checkpoint=x", "tasks=y"],
-    "eval": ["checkpoint=x", "tasks=y"],
+    "rl": ["policy=x", "tasks=y"],
+    "eval": ["policy=x", "tasks=y"],
     "rubric": ["path=x"],
     "report": ["path=x"],
 }
+
+STAGE = "{timeout_s: 5, max_steps: 2, min_steps: 1, advance_score: 0.5}"
 
 
 def composed(command: str, *overrides: str) -> DictConfig:
@@ -62,8 +65,8 @@ def test_values_become_what_the_pipelines_use() -> None:
     assert isinstance(split, SplitConfig)
     assert split.data.path == Path("f.jsonl")
     assert (split.splitting.policy().limit, split.splitting.policy().overlap) == (4096, 512)
-    stages = settings("recipe", "rl.stages=[{timeout_s: 5, steps: 1}]").rl.stages
-    assert [(stage.timeout_s, stage.steps) for stage in stages] == [(5.0, 1)]
+    stages = settings("recipe", f"rl.stages=[{STAGE}]").rl.timeline()
+    assert stages == (Stage(5.0, 2, 0.5, 1),)
 
 
 @pytest.mark.parametrize(
@@ -78,7 +81,8 @@ def test_values_become_what_the_pipelines_use() -> None:
         (["model.head_dim=15"], "model.head_dim=15"),
         (["rl.rollouts=1"], "rl.rollouts=1"),
         (["rl.stages=[]"], "rl.stages=[]"),
-        (["rl.stages=[{timeout_s: 9, steps: 1}, {timeout_s: 9, steps: 1}]"], "must be longer"),
+        ([f"rl.stages=[{STAGE}, {STAGE}]"], "must be larger"),
+        (["engine.temperature=0.5"], "RL learns from samples"),
         (["~seed"], "seed is missing"),
         (["clock.kind=sundial"], "'virtual' or 'wall'"),
         (["run.id=a/b"], "run.id"),

@@ -127,7 +127,9 @@ def test_windows_of_a_rollout_sum() -> None:
     config = RlLossConfig()
     turns = rollout()
     stream = token_stream(turns)
-    windows = [cut_window(i, s, *stream) for i, s in enumerate(split(turns, 7, ContextPolicy(40, 7, 3)))]
+    windows = [
+        cut_window(i, s, *stream) for i, s in enumerate(split(turns, 7, ContextPolicy(40, 7, 3)))
+    ]
     assert len(windows) > 1
     loss = rl_loss(GRAPH, config, remat=False)
     whole = float(loss(PARAMS, pad_windows(windows, [0.5] * len(windows), 40))[0])

@@ -1,5 +1,7 @@
 """The context policy as properties: what DESIGN calls "a window is what the agent saw"."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import assume, given
@@ -72,7 +74,7 @@ def test_consecutive_windows_overlap_as_much_as_asked_and_no_more(
     ends = np.cumsum([len(t.suffix_ids) + len(t.output_ids) for t in turns])
     starts = np.maximum(ends - [len(t.suffix_ids) + len(t.output_ids) for t in turns], prefix)
     spans = split(turns, prefix, policy)
-    for before, after in zip(spans, spans[1:], strict=False):
+    for before, after in itertools.pairwise(spans):
         assert after.fresh_from == before.end
         assert before.end - after.keep_from <= policy.overlap
         # One more turn of history would have broken the overlap or the limit.

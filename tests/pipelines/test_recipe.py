@@ -1,0 +1,112 @@
+"""The recipe as a user runs it: killed, resumed, repeated - and, in full size, learning."""
+
+import json
+import os
+import random
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.slow
+KILLS = 10
+
+
+def command(root: Path, *overrides: str) -> list[str]:
+    return [sys.executable, "-m", "klong_jax.cli", "recipe", f"run.root={root}", *overrides]
+
+
+def run(root: Path, *overrides: str, timeout: float = 600) -> Path:
+    """Runs to the end; returns the run's folder."""
+    done = subprocess.run(
+        command(root, *overrides), capture_output=True, text=True, timeout=timeout, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "report: " in done.stdout
+    (folder,) = root.iterdir()
+    return folder
+
+
+def outcome(folder: Path) -> dict[str, Any]:
+    """Everything that must repeat: losses, rollouts, scores."""
+    report = json.loads((folder / "report.json").read_text())
+    sft = [json.loads(line) for line in (folder / "sft" / "metrics.jsonl").read_text().splitlines()]
+    with sqlite3.connect(folder / "rollouts.sqlite") as db:
+        rows = db.execute("SELECT request_id, trajectory, judgement FROM results ORDER BY 1")
+        rollouts = {name: (json.loads(t), json.loads(j)) for name, t, j in rows}
+    for trajectory, judgement in rollouts.values():
+        # A restarted rollout is a later attempt and has waited differently; nothing else differs.
+        trajectory["trajectory_id"] = judgement["trajectory_id"] = ""
+        for turn in trajectory["turns"]:
+            turn["wait_s"] = 0.0
+    return {
+        "sft": [(row["step"], row["loss"]) for row in sft],
+        "rl": report["rl_steps"],
+        "evals": report["evals"],
+        "rollouts": rollouts,
+    }
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return outcome(run(tmp_path_factory.mktemp("reference"), "profile=tiny", "seed=0"))
+
+
+def test_a_run_killed_at_random_moments_ends_like_one_that_was_not(
+    tmp_path: Path, reference: dict[str, Any]
+) -> None:
+    rng = random.Random(os.environ.get("KLONG_KILL_SEED", "0"))
+    killed = 0
+    for _ in range(KILLS):
+        process = subprocess.Popen(
+            command(tmp_path, "profile=tiny", "seed=0"),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            process.wait(timeout=rng.uniform(2, 16))
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            killed += 1
+        process.communicate()
+    assert killed >= KILLS // 2
+    folder = run(tmp_path, "profile=tiny", "seed=0")
+    resumed = outcome(folder)
+    assert resumed["rollouts"].keys() == reference["rollouts"].keys()
+    assert resumed == reference
+
+
+def test_a_finished_run_is_shown_again_without_work(tmp_path: Path) -> None:
+    folder = run(tmp_path, "profile=tiny", "seed=1")
+    first = outcome(folder)
+    started = time.time()
+    assert run(tmp_path, "profile=tiny", "seed=1") == folder
+    assert outcome(folder) == first
+    assert (folder / "demonstrations.jsonl").stat().st_mtime < started
+
+
+def test_the_smoke_profile_learns(tmp_path: Path) -> None:
+    """What the README promises of `launch/local.sh`."""
+    folder = run(tmp_path, "profile=smoke", "seed=0", timeout=1400)
+    evals = json.loads((folder / "report.json").read_text())["evals"]
+    mean = {
+        policy: sum(row["score"] for row in rows) / len(rows)
+        for policy in ("base", "sft", "rl")
+        if (rows := [row for row in evals if row["policy"] == policy])
+    }
+    assert mean["sft"] >= 0.3
+    assert mean["sft"] >= 5 * mean["base"]
+    assert mean["rl"] > mean["sft"]
+    solved = [row for row in evals if row["score"] >= 0.99 and row["context_ratio"] >= 4]
+    assert solved
+    turns = [
+        len(json.loads(line)["messages"]) // 2
+        for line in (folder / "demonstrations.jsonl").read_text().splitlines()
+    ]
+    assert max(turns) >= 200
