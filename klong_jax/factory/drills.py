@@ -14,14 +14,13 @@ from klong_jax.factory.replicate import Paper, sample_paper
 def lookup_drill(seed: int) -> tuple[Message, ...]:
     """A table of names and values, a list of names, and the answer: each name with its value."""
     rng = random.Random(f"lookup/{seed}")
-    paper = sample_paper(rng, constants=(1, 6), formulas=(1, 6))
-    entries = paper.entries()
-    names = rng.sample(list(entries), len(entries))
+    numbers = sample_paper(rng, constants=(1, 6), formulas=(1, 6)).numbers
+    names = rng.sample(list(numbers), len(numbers))
     asked = [rng.choice(names) for _ in range(rng.randint(4, 10))]
-    table = "\n".join(entries[name] for name in names)
+    table = "\n".join(f"{name}={numbers[name]}" for name in names)
     return (
         Message("user", f"{table}\n{';'.join(asked)}"),
-        Message("assistant", "\n".join(entries[name] for name in asked)),
+        Message("assistant", "\n".join(f"{name}={numbers[name]}" for name in asked)),
     )
 
 

@@ -21,9 +21,8 @@ from aiohttp import web
 MODEL = "replicate-expert"
 _SECTIONS = re.compile(r"\bsections 1 to (\d+)")
 _NUMBER = re.compile(r"^([a-z]+)=(\d+)$", re.MULTILINE)
-_FORMULA = re.compile(r"^([a-z]+)=(\$\(\(.+\)\))$", re.MULTILINE)
-_MODULUS = re.compile(r"^Print each result modulo (\d+)", re.MULTILINE)
-_NEXT = re.compile(r"^next (\d+)[;:]([a-z]+)[;(]([a-z]+)\)?$", re.MULTILINE)
+_RESULT = re.compile(r"^Print each result as echo (\$.+)$", re.MULTILINE)
+_NEXT = re.compile(r"^next (\d+);([a-z]+);([a-z]+)$", re.MULTILINE)
 _WROTE = re.compile(r"^wrote c(\d+)\.sh$")
 _COMPONENT = re.compile(r"^c(\d+)\.sh$")
 
@@ -58,31 +57,27 @@ class _Call:
 class _Paper:
     """What the visible messages say of the paper."""
 
-    constants: dict[str, str]
-    formulas: dict[str, str]
-    modulus: str
+    numbers: dict[str, str]
+    result: str
 
     @staticmethod
     def of(texts: Sequence[str]) -> "_Paper":
-        constants: dict[str, str] = {}
-        formulas: dict[str, str] = {}
-        modulus = ""
+        numbers: dict[str, str] = {}
+        result = ""
         for text in texts:
             # A section begins with its number and title; nothing else in a window does.
             if re.match(r"\d+ [A-Z]", text):
-                constants.update(_NUMBER.findall(text))
-                formulas.update(_FORMULA.findall(text))
-                modulus = next(iter(_MODULUS.findall(text)), modulus)
-        return _Paper(constants, formulas, modulus)
+                numbers.update(_NUMBER.findall(text))
+                result = next(iter(_RESULT.findall(text)), result)
+        return _Paper(numbers, result)
 
     def component(self, formula: str, constant: str, slip: int) -> str:
         """The component's script; what is out of sight is guessed, a slip moves the constant."""
-        value = int(self.constants.get(constant, "1"))
-        value = value // 10 * 10 + (value + slip) % 10
-        body = self.formulas.get(formula, "$((x*c))")
+        value = (int(self.numbers.get(constant, "1")) + slip) % 10
         return (
-            f"x=$1;{constant}={value};c=${constant};{formula}={body};"
-            f"echo $((${formula}%{self.modulus or '10'}))"
+            f"x=$1;{constant}={value};c=${constant};"
+            f"{formula}={self.numbers.get(formula, '1')};f=${formula};"
+            f"echo {self.result or '$((x*f*c))'}"
         )
 
 

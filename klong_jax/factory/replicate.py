@@ -35,31 +35,18 @@ _NUMBERS = range(2, 10)
 _MODULI = (11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61, 67, 71, 73, 79, 83, 89, 97)
 
 
-@dataclass(frozen=True)
-class _Form:
-    """The shape of a formula in x, the constant c and a number k of its own.
-
-    Attributes:
-        text: How the paper writes it for the shell; the number follows.
-        value: What it computes.
-        weight: Weight of a component that uses it.
-    """
-
-    text: str
-    value: Callable[[int, int, int], int]
-    weight: int
-
-
-_FORMS = (
-    _Form("x*c+", lambda x, c, k: x * c + k, 1),
-    _Form("x+c*", lambda x, c, k: x + c * k, 1),
-    _Form("x*c-", lambda x, c, k: x * c - k, 1),
-    _Form("c-x*", lambda x, c, k: c - x * k, 1),
-    _Form("c*c+x*", lambda x, c, k: c * c + x * k, 2),
-    _Form("x*x+c*", lambda x, c, k: x * x + c * k, 2),
-    _Form("x*x-c*", lambda x, c, k: x * x - c * k, 2),
-    _Form("c*c-x*", lambda x, c, k: c * c - x * k, 2),
-)
+# How a result follows from the input x, the formula's factor f and the constant c. Each is linear
+# in f and in c, so that modulo a larger prime no other number gives the same results.
+_FORMS: dict[str, Callable[[int, int, int], int]] = {
+    "x*f+c": lambda x, f, c: x * f + c,
+    "x*f-c": lambda x, f, c: x * f - c,
+    "c-x*f": lambda x, f, c: c - x * f,
+    "x+f*c": lambda x, f, c: x + f * c,
+    "x-f*c": lambda x, f, c: x - f * c,
+    "x*c+f": lambda x, f, c: x * c + f,
+    "x*c-f": lambda x, f, c: x * c - f,
+    "f-x*c": lambda x, f, c: f - x * c,
+}
 
 
 @dataclass(frozen=True)
@@ -68,44 +55,48 @@ class Paper:
 
     Attributes:
         constants: Name to value.
-        formulas: Name to form and own number; no two share a form.
+        formulas: Name to factor.
+        form: How results follow from both.
         modulus: What every result is reduced by.
     """
 
     constants: dict[str, int]
-    formulas: dict[str, tuple[_Form, int]]
+    formulas: dict[str, int]
+    form: str
     modulus: int
 
-    def entries(self) -> dict[str, str]:
-        """Each name's line, as the paper's tables give it."""
-        return {
-            **{name: f"{name}={value}" for name, value in self.constants.items()},
-            **{name: f"{name}=$(({form.text}{k}))" for name, (form, k) in self.formulas.items()},
-        }
+    @property
+    def numbers(self) -> dict[str, int]:
+        """Every name's number."""
+        return {**self.constants, **self.formulas}
 
     def sections(self) -> tuple[str, ...]:
         """The text, in sections."""
-        lines = self.entries()
-        limit = f"Print each result modulo {self.modulus}: echo $(($result%{self.modulus}))"
+
+        def table(numbers: dict[str, int]) -> list[str]:
+            return [f"{name}={number}" for name, number in numbers.items()]
+
         return (
             "1 Overview\nEvery component is one formula applied to one constant.",
-            "\n".join(("2 Constants", *(lines[name] for name in self.constants))),
-            "\n".join(("3 Formulas", *(lines[name] for name in self.formulas))),
-            f"4 Constraints\n{limit}",
+            "\n".join(("2 Constants", *table(self.constants))),
+            "\n".join(("3 Formulas", *table(self.formulas))),
+            f"4 Constraints\nPrint each result as echo {self._result()}",
         )
 
     def component(self, formula: str, constant: str) -> str:
         """A component as the paper asks for it."""
-        lines = self.entries()
         return (
-            f"x=$1;{lines[constant]};c=${constant};{lines[formula]};"
-            f"echo $((${formula}%{self.modulus}))"
+            f"x=$1;{constant}={self.constants[constant]};c=${constant};"
+            f"{formula}={self.formulas[formula]};f=${formula};echo {self._result()}"
         )
 
     def output(self, formula: str, constant: str, x: int) -> int:
         """What a component prints for x; the remainder has the dividend's sign, as in the shell."""
-        form, k = self.formulas[formula]
-        return int(math.fmod(form.value(x, self.constants[constant], k), self.modulus))
+        value = _FORMS[self.form](x, self.formulas[formula], self.constants[constant])
+        return int(math.fmod(value, self.modulus))
+
+    def _result(self) -> str:
+        return f"$((({self.form})%{self.modulus}))"
 
 
 def sample_paper(
@@ -116,16 +107,17 @@ def sample_paper(
     Args:
         rng: Source of randomness.
         constants: Fewest and most constants.
-        formulas: Fewest and most formulas, at most as many as there are forms.
+        formulas: Fewest and most formulas.
     """
-    names = rng.sample(_CONSTANTS.split(), rng.randint(*constants))
-    verbs = rng.sample(_FORMULAS.split(), rng.randint(*formulas))
-    forms = rng.sample(_FORMS, len(verbs))
+
+    def numbers(names: str, count: tuple[int, int]) -> dict[str, int]:
+        chosen = rng.sample(names.split(), rng.randint(*count))
+        return {name: rng.choice(_NUMBERS) for name in chosen}
+
     return Paper(
-        constants={name: rng.choice(_NUMBERS) for name in names},
-        formulas={
-            verb: (form, rng.choice(_NUMBERS)) for verb, form in zip(verbs, forms, strict=True)
-        },
+        constants=numbers(_CONSTANTS, constants),
+        formulas=numbers(_FORMULAS, formulas),
+        form=rng.choice(list(_FORMS)),
         modulus=rng.choice(_MODULI),
     )
 
@@ -208,7 +200,7 @@ def _rubric(paper: Paper, built: list[tuple[str, str]], rng: random.Random) -> d
             _node(
                 f"component-{number}",
                 f"c{number}.sh prints {formula}({constant}) of its argument as the paper says.",
-                paper.formulas[formula][0].weight,
+                rng.randint(1, 3),
                 task_category="Code Development",
                 check=f"ulimit -t 1; {' && '.join(runs)}",
             )

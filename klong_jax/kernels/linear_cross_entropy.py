@@ -10,7 +10,7 @@ def token_logprobs(
     embedding: Float[Array, "v d"],
     targets: Int[Array, "b t"],
     *,
-    chunk: int = 256,
+    chunk: int = 128,
 ) -> tuple[Float[Array, "b t"], Float[Array, "b t"]]:
     """Log-probability of each target and entropy of each prediction.
 

@@ -33,7 +33,8 @@ def window_logprobs(
 ) -> tuple[Float[Array, "b s"], Float[Array, "b s"]]:
     """Log-probability of each token after the first, and entropy of each prediction."""
     decoder = nnx.merge(graph, params)
-    hidden = decoder.apply(batch.tokens[:, :-1], remat=remat)
+    # The whole row goes through the decoder: an even length keeps the matrices aligned.
+    hidden = decoder.apply(jnp.asarray(batch.tokens), remat=remat)[:, :-1]
     return token_logprobs(hidden, decoder.output_embedding, jnp.asarray(batch.tokens)[:, 1:])
 
 

@@ -21,7 +21,8 @@ def sft_loss(graph: nnx.GraphDef[Decoder], *, remat: bool) -> LossFn:
         params: Params, batch: WindowBatch
     ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
         decoder = nnx.merge(graph, params)
-        hidden = decoder.apply(batch.tokens[:, :-1], remat=remat)
+        # The whole row goes through the decoder: an even length keeps the matrices aligned.
+        hidden = decoder.apply(jnp.asarray(batch.tokens), remat=remat)[:, :-1]
         logprobs, entropy = token_logprobs(
             hidden, decoder.output_embedding, jnp.asarray(batch.tokens)[:, 1:]
         )

@@ -10,20 +10,20 @@ from klong_jax.core.task import Task
 class Reader:
     constants: dict[str, str]
     formulas: dict[str, str]
-    modulus: str
+    result: str
 
     @staticmethod
     def of(sections: tuple[str, ...]) -> "Reader":
         constants = dict(line.split("=") for line in sections[1].splitlines()[1:])
         formulas = dict(line.split("=", 1) for line in sections[2].splitlines()[1:])
-        limit = re.search(r"echo \$\(\(\$result%(\d+)\)\)", sections[3])
-        assert limit is not None
-        return Reader(constants, formulas, limit[1])
+        result = re.search(r"echo (\$\(\(.*\)\))$", sections[3])
+        assert result is not None
+        return Reader(constants, formulas, result[1])
 
     def script(self, formula: str, constant: str) -> str:
         return (
             f"x=$1;{constant}={self.constants[constant]};c=${constant};"
-            f"{formula}={self.formulas[formula]};echo $((${formula}%{self.modulus}))\n"
+            f"{formula}={self.formulas[formula]};f=${formula};echo {self.result}\n"
         )
 
 

@@ -106,7 +106,7 @@ def test_without_the_paper_in_sight_it_cannot_know(service: str) -> None:
         assert httpx.get(f"{expert}/models").json()["data"][0]["id"] == MODEL
     call = answer["choices"][0]["message"]["tool_calls"][0]["function"]
     assert call["name"] == "write_file"
-    assert "$((x*c))" in call["arguments"]
+    assert "$((x*f*c))" in call["arguments"]
     assert answer["usage"]["completion_tokens"] > 0
 
 
