@@ -37,7 +37,8 @@ def token_logprobs(
         piece: tuple[Float[Array, "b c d"], Int[Array, "b c"]],
     ) -> tuple[Float[Array, "b c"], Float[Array, "b c"]]:
         states, wanted = piece
-        logits = jnp.einsum("bcd,vd->bcv", states, embedding).astype(jnp.float32)
+        rows = states.reshape(-1, width) @ embedding.T
+        logits = rows.reshape(*wanted.shape, -1).astype(jnp.float32)
         logprobs = jax.nn.log_softmax(logits, axis=-1)
         chosen = jnp.take_along_axis(logprobs, wanted[..., None], axis=-1)[..., 0]
         return chosen, -jnp.sum(jnp.exp(logprobs) * logprobs, axis=-1)

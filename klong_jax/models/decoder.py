@@ -10,8 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
+from klong_jax.kernels.attention import causal_attention, masked_attention
 from klong_jax.models.config import DecoderConfig
 
 Params = Any
@@ -56,7 +57,8 @@ class Block(nnx.Module):
         """Queries, keys and values of the normalised stream, rotated to their positions."""
         config = self.config
         batch, length, _ = hidden.shape
-        normed = self.attention_norm(hidden)
+        # Matrices of tokens, not batches of them: XLA's CPU backend is three times faster so.
+        normed = self.attention_norm(hidden).reshape(batch * length, -1)
         query = self.query(normed).reshape(batch, length, config.num_heads, config.head_dim)
         key = self.key(normed).reshape(batch, length, config.num_kv_heads, config.head_dim)
         value = self.value(normed).reshape(batch, length, config.num_kv_heads, config.head_dim)
@@ -68,9 +70,11 @@ class Block(nnx.Module):
         self, hidden: Float[Array, "b t w"], attended: Float[Array, "b t h d"]
     ) -> Float[Array, "b t w"]:
         """Adds the attention's output and the MLP's to the stream."""
-        hidden = hidden + self.output(attended.reshape(*attended.shape[:2], -1))
-        normed = self.mlp_norm(hidden)
-        return hidden + self.down(jax.nn.silu(self.gate(normed)) * self.up(normed))
+        shape = hidden.shape
+        tokens = hidden.reshape(-1, shape[-1])
+        tokens = tokens + self.output(attended.reshape(tokens.shape[0], -1))
+        normed = self.mlp_norm(tokens)
+        return (tokens + self.down(jax.nn.silu(self.gate(normed)) * self.up(normed))).reshape(shape)
 
 
 class Decoder(nnx.Module):
@@ -109,13 +113,12 @@ class Decoder(nnx.Module):
         """
         length = tokens.shape[1]
         positions = jnp.broadcast_to(jnp.arange(length), tokens.shape)
-        mask = jnp.tril(jnp.ones((1, length, length), bool))
         graph, layers = nnx.split(self.blocks)
 
         def layer(hidden: Float[Array, "b t w"], state: Params) -> tuple[Array, None]:
             block = nnx.merge(graph, state)
             query, key, value = block.project(hidden, positions)
-            return block.finish(hidden, attend(query, key, value, mask)), None
+            return block.finish(hidden, causal_attention(query, key, value)), None
 
         step = jax.checkpoint(layer) if remat else layer
         hidden, _ = jax.lax.scan(step, self.embedding[...][tokens], layers)
@@ -148,7 +151,7 @@ class Decoder(nnx.Module):
             query, key, value = block.project(hidden, positions)
             keys = keys.at[index, rows, positions].set(key, mode="drop")
             values = values.at[index, rows, positions].set(value, mode="drop")
-            attended = attend(query, keys[index], values[index], mask)
+            attended = masked_attention(query, keys[index], values[index], mask)
             return (block.finish(hidden, attended), (keys, values)), None
 
         numbered = (jnp.arange(self.config.num_layers), layers)
@@ -172,22 +175,6 @@ def rotate(
     cos, sin = jnp.cos(angles).astype(x.dtype), jnp.sin(angles).astype(x.dtype)
     first, second = x[..., :half], x[..., half:]
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-
-
-def attend(
-    query: Float[Array, "b t h d"],
-    key: Float[Array, "b s k d"],
-    value: Float[Array, "b s k d"],
-    mask: Bool[Array, "m t s"],
-) -> Float[Array, "b t h d"]:
-    """Grouped-query attention; True in the mask means that a query sees a key."""
-    batch, length, heads, dim = query.shape
-    kv_heads = key.shape[2]
-    grouped = query.reshape(batch, length, kv_heads, heads // kv_heads, dim)
-    scores = jnp.einsum("btkgd,bskd->bkgts", grouped, key) * dim**-0.5
-    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(scores.dtype).min)
-    weights = jax.nn.softmax(scores.astype(jnp.float32), axis=-1).astype(value.dtype)
-    return jnp.einsum("bkgts,bskd->btkgd", weights, value).reshape(batch, length, heads, dim)
 
 
 def build(config: DecoderConfig, seed: int) -> tuple[nnx.GraphDef[Decoder], Params]:

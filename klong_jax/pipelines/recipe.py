@@ -5,6 +5,7 @@ when they are there, so the same command after a crash goes on where the run was
 """
 
 import asyncio
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -160,8 +161,11 @@ class _Recipe:
                 first = self.config.seed * 1_000_000
                 seeds = range(first, first + section.conversations)
                 data = sft_pipeline.drill_windows(name, chat, map(make, seeds), section)
-                micro = max(1, sft.micro_batch * self.context.limit // section.length)
-                phases.append(Phase(data, section.steps, section.batch, micro))
+                # As many tokens a gradient call as with windows, in calls of one size.
+                tokens = sft.micro_batch * self.context.limit
+                calls = math.ceil(section.batch * section.length / tokens)
+                rows = math.ceil(section.batch / calls)
+                phases.append(Phase(data, section.steps, section.batch, rows))
         data = sft_pipeline.trajectory_windows(chat, recordings, self.context)
         phases.append(Phase(data, sft.steps, sft.batch, sft.micro_batch))
         policy = sft_pipeline.train(

@@ -61,6 +61,7 @@ class Trainer:
             return TrainState(params, opt_state, state.step + 1), optax.global_norm(grads)
 
         self._loss = loss
+        self._logs: tuple[str, ...] = ()
         self._accumulate = accumulate
         self._update = update
 
@@ -81,8 +82,11 @@ class Trainer:
         total: Any = None
         for batch in batches:
             if total is None:
-                shapes = jax.eval_shape(self._loss, state.params, batch)[1]
-                logs = {name: jnp.zeros(()) for name in ("loss", *shapes)}
+                # Traced once: tracing costs more than a small step.
+                self._logs = self._logs or tuple(
+                    jax.eval_shape(self._loss, state.params, batch)[1]
+                )
+                logs = {name: jnp.zeros(()) for name in ("loss", *self._logs)}
                 total = (jax.tree.map(jnp.zeros_like, state.params), logs)
             total = self._accumulate(state.params, total, batch)
         if total is None:
