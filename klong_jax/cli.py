@@ -14,12 +14,12 @@ if TYPE_CHECKING:
 
 COMMANDS: dict[str, str] = {
     "recipe": "The whole recipe on generated tasks: demonstrations, SFT, progressive RL, report.",
-    "factory": "Builds tasks out of papers: instructions, addendum, blacklist, rubric.",
+    "factory": "Generates paper-replication tasks in PaperBench's layout.",
     "distill": "Records demonstrations of tasks and keeps those that are judged well.",
     "split": "Shows how recorded trajectories split into windows, without training.",
     "sft": "Supervised fine-tuning on recorded trajectories, window by window.",
-    "rl": "Progressive RL from a checkpoint: stages of growing timeouts.",
-    "eval": "Evaluates a checkpoint on tasks.",
+    "rl": "Progressive RL from a trained policy: stages of growing timeouts.",
+    "eval": "Evaluates a policy on tasks, with a table and a report.",
     "rubric": "Shows what rubrics ask for, and their scores if they are graded.",
     "report": "Prints the results of a run and writes its report.html again.",
     "sandbox": "Serves sandboxes to other processes and hosts.",
@@ -29,7 +29,7 @@ COMMANDS: dict[str, str] = {
 
 _EXAMPLES = """Examples:
   klong doctor                                  is everything here that I need?
-  klong recipe profile=smoke seed=0             every stage once, in minutes on a laptop's CPU
+  klong recipe profile=smoke seed=0             the whole recipe in minutes on two cores
   klong recipe --multirun seed=0,1,2            three runs, each in its own folder
   klong split data.path=FILE splitting.context_limit=4096 splitting.overlap=512
   klong rubric path=FILE_OR_FOLDER output=rubric.json

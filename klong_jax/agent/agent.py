@@ -6,9 +6,9 @@ end.
 
 from dataclasses import dataclass
 
-from klong_jax.agent.evidence import evidence
 from klong_jax.agent.loop import Rollout
 from klong_jax.core.clock import Clock
+from klong_jax.core.evidence import collect_evidence
 from klong_jax.core.task import Budget, Task
 from klong_jax.core.trajectory import Trajectory
 from klong_jax.llm.base import ChatModel
@@ -80,5 +80,5 @@ async def run_agent(
         failures=failures,
         pinned_messages=context.pinned_messages,
     )
-    files = evidence(task, context.messages, rollout.reading.read)
+    files = collect_evidence(task, context.messages, rollout.reading.read)
     return AgentResult(trajectory, files, tuple(rollout.progress.points), rollout.trouble)

@@ -113,7 +113,8 @@ class Rollout:
             return Status.TIMEOUT  # the deadline came before a word was said
         turn = self.context.close(completion, 0.0)
         gen_s = self._clock.generated(len(turn.output_ids), completion.gen_s)
-        self.context.turns[-1] = replace(turn, gen_s=gen_s)
+        wait_s = self._clock.waited(completion.wait_s)
+        self.context.turns[-1] = replace(turn, gen_s=gen_s, wait_s=wait_s)
         self.failures[Failure.CONTEXT_WINDOW_OPENED] += self.context.windows_closed - windows
         cut = turn.finish_reason == "length"
         if cut:

@@ -23,6 +23,10 @@ class Clock(Protocol):
         """Charges one tool call that took `measured_s`; returns the seconds charged."""
         ...
 
+    def waited(self, measured_s: float) -> float:
+        """The seconds of waiting to put on record; they are never charged."""
+        ...
+
     def affordable_tokens(self, remaining_s: float) -> int | None:
         """How many tokens fit into `remaining_s`, or None where only a deadline can tell."""
         ...
@@ -46,6 +50,10 @@ class WallClock:
     def tool(self, measured_s: float) -> float:
         """Charges the measured seconds."""
         self.spent_s += measured_s
+        return measured_s
+
+    def waited(self, measured_s: float) -> float:
+        """The measured seconds."""
         return measured_s
 
     def affordable_tokens(self, remaining_s: float) -> int | None:
@@ -79,6 +87,10 @@ class VirtualClock:
         """Charges `tool_s`."""
         self.spent_s += self.tool_s
         return self.tool_s
+
+    def waited(self, measured_s: float) -> float:
+        """None: how long a busy machine lets one wait is no part of a reproducible run."""
+        return 0.0
 
     def affordable_tokens(self, remaining_s: float) -> int | None:
         """Whole tokens that fit into the remaining seconds."""

@@ -1,10 +1,9 @@
 """The judge of executable leaves: a leaf holds when its check succeeds in a fresh sandbox."""
 
 import io
-import json
 import posixpath
 import tarfile
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from klong_jax.core.jsonio import content_hash
 from klong_jax.core.rollout import Judgement, Verdict
@@ -19,24 +18,6 @@ JUDGE_ID = "executable/1"
 
 class JudgeFailure(Exception):
     """The judge could not do its work; one sentence."""
-
-
-def collect_evidence(
-    task: Task, trajectory: Trajectory, sections_read: Collection[int]
-) -> dict[str, str]:
-    """What checks may know of how the artifact came about: files of `.judge/` by name.
-
-    Args:
-        task: The task; its blacklist goes in.
-        trajectory: The attempt; every tool call goes in, one JSON object a line.
-        sections_read: Numbers, from 1, of the paper's sections that the agent read.
-    """
-    calls = [call.to_json() for message in trajectory.messages for call in message.tool_calls]
-    return {
-        "read_sections": "".join(f"{number}\n" for number in sorted(sections_read)),
-        "commands.log": "".join(json.dumps(call, ensure_ascii=False) + "\n" for call in calls),
-        "blacklist.txt": "".join(f"{line}\n" for line in task.blacklist),
-    }
 
 
 class ExecutableJudge:

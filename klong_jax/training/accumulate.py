@@ -83,9 +83,7 @@ class Trainer:
         for batch in batches:
             if total is None:
                 # Traced once: tracing costs more than a small step.
-                self._logs = self._logs or tuple(
-                    jax.eval_shape(self._loss, state.params, batch)[1]
-                )
+                self._logs = self._logs or tuple(jax.eval_shape(self._loss, state.params, batch)[1])
                 logs = {name: jnp.zeros(()) for name in ("loss", *self._logs)}
                 total = (jax.tree.map(jnp.zeros_like, state.params), logs)
             total = self._accumulate(state.params, total, batch)

@@ -9,12 +9,13 @@ import pytest
 from klong_jax.agent.agent import AgentResult, run_agent
 from klong_jax.agent.tools import tool_schemas
 from klong_jax.core.clock import VirtualClock
+from klong_jax.core.evidence import collect_evidence
 from klong_jax.core.rollout import Judgement
 from klong_jax.core.task import Budget, Task
 from klong_jax.core.trajectory import Status
 from klong_jax.factory.expert import MODEL, serve_expert
 from klong_jax.factory.replicate import make_task
-from klong_jax.judge.executable import ExecutableJudge, collect_evidence
+from klong_jax.judge.executable import ExecutableJudge
 from klong_jax.llm.openai import OpenAIChat
 from klong_jax.splitting.policy import ContextPolicy, split
 from klong_jax.text.chat import Chat
@@ -75,7 +76,7 @@ def test_solves_a_task_through_many_windows(service: str) -> None:
     assert split(trajectory.turns, prefix_len, POLICY) == trajectory.spans
     assert all(window.length <= POLICY.limit for window in trajectory.spans)
     assert result.progress[-1][1] == 1.0
-    assert result.evidence == collect_evidence(task, trajectory, {1, 2, 3, 4})
+    assert result.evidence == collect_evidence(task, trajectory.messages, {1, 2, 3, 4})
     # As a recording it is tokenised to the very same turns.
     turns, recorded_prefix = corpus(task).turns(trajectory.messages, trajectory.pinned_messages)
     assert recorded_prefix == prefix_len

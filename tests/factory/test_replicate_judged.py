@@ -6,12 +6,13 @@ from collections.abc import Collection, Iterator
 import pytest
 from replicate_solver import solved
 
+from klong_jax.core.evidence import collect_evidence
 from klong_jax.core.message import Message, ToolCall
 from klong_jax.core.rollout import Judgement, Verdict
 from klong_jax.core.task import Task
 from klong_jax.core.trajectory import Status, Trajectory
 from klong_jax.factory.replicate import make_task
-from klong_jax.judge.executable import ExecutableJudge, collect_evidence
+from klong_jax.judge.executable import ExecutableJudge
 from sandbox.client import SandboxClient, tar_of
 from sandbox.service import embedded
 
@@ -46,7 +47,7 @@ def judged(
 
     async def run() -> Judgement:
         async with SandboxClient(service) as client:
-            evidence = collect_evidence(task, trajectory, sections)
+            evidence = collect_evidence(task, trajectory.messages, sections)
             return await ExecutableJudge(client).judge(task, trajectory, tar_of(files), evidence)
 
     judgement = asyncio.run(run())

@@ -40,10 +40,8 @@ def outcome(folder: Path) -> dict[str, Any]:
         rows = db.execute("SELECT request_id, trajectory, judgement FROM results ORDER BY 1")
         rollouts = {name: (json.loads(t), json.loads(j)) for name, t, j in rows}
     for trajectory, judgement in rollouts.values():
-        # A restarted rollout is a later attempt and has waited differently; nothing else differs.
+        # A restarted rollout is a later attempt; nothing else differs.
         trajectory["trajectory_id"] = judgement["trajectory_id"] = ""
-        for turn in trajectory["turns"]:
-            turn["wait_s"] = 0.0
     return {
         "sft": [(row["step"], row["loss"]) for row in sft],
         "rl": report["rl_steps"],
