@@ -148,7 +148,7 @@ class EngineSection(Section):
     slots: int = Field(gt=0)
     """Rollouts served at once."""
     temperature: float = Field(ge=0)
-    """Of sampling; RL needs 1, evaluation may take 0 for the likeliest token."""
+    """Of sampling, in RL of the policy that is trained too; 0 takes the likeliest token."""
     prefill_chunk: int = Field(gt=0)
     """Prompt tokens taken up in one call."""
     decode_steps: int = Field(gt=0)
@@ -334,12 +334,9 @@ class TokenizerSection(Section):
     """A tokenizer.json, a .model or a model's folder; null takes the small bundled one."""
 
 
-def _needs_true_samples(engine: EngineSection) -> None:
-    if engine.temperature != 1:
-        raise UserError(
-            f"engine.temperature={engine.temperature:g}: RL learns from samples of the policy "
-            "itself; set it to 1."
-        )
+def _needs_samples(engine: EngineSection) -> None:
+    if engine.temperature == 0:
+        raise UserError("engine.temperature=0: RL compares samples; set it above 0.")
 
 
 class RecipeConfig(Section):
@@ -369,7 +366,7 @@ class RecipeConfig(Section):
 
     @model_validator(mode="after")
     def _on_policy(self) -> "RecipeConfig":
-        _needs_true_samples(self.engine)
+        _needs_samples(self.engine)
         return self
 
 
@@ -446,7 +443,7 @@ class RlConfig(Section):
 
     @model_validator(mode="after")
     def _on_policy(self) -> "RlConfig":
-        _needs_true_samples(self.engine)
+        _needs_samples(self.engine)
         return self
 
 

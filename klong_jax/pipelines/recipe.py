@@ -197,6 +197,7 @@ class _Recipe:
             sft,
             tasks.practised,
             config.rl,
+            config.engine.temperature,
             config.seed,
             self.context,
             queue,

@@ -71,6 +71,7 @@ async def _run(config: RlConfig) -> None:
                 policy,
                 tasks,
                 config.rl,
+                config.engine.temperature,
                 config.seed,
                 context,
                 queue,
@@ -101,6 +102,7 @@ async def train(
     policy: Policy,
     tasks: Sequence[Task],
     section: RlSection,
+    temperature: float,
     seed: int,
     context: ContextPolicy,
     queue: RolloutQueue,
@@ -109,7 +111,7 @@ async def train(
 ) -> Policy:
     """Trains a policy through the stages, from its last checkpoint on if there is one."""
     optimizer = section.optimizer.config(0)
-    numbers = RlLossConfig(section.clip, section.importance_cap, section.kl_beta)
+    numbers = RlLossConfig(section.clip, section.importance_cap, section.kl_beta, temperature)
     describe_policy(folder, policy)
     checkpoints = Checkpoints(folder / "checkpoints", policy.identity)
     done = checkpoints.latest() or 0
@@ -134,7 +136,7 @@ async def train(
             queue,
             [task.task_id for task in tasks],
             play,
-            _reference(policy) if section.kl_beta > 0 else lambda batch: batch,
+            _reference(policy, temperature) if section.kl_beta > 0 else lambda batch: batch,
             checkpoints,
             MetricsLog(folder / "metrics.jsonl", done),
             on_step=lambda row: advance(1, _remark(row)),
@@ -143,10 +145,10 @@ async def train(
     return Policy(policy.config, policy.graph, state.params, policy.tokenizer)
 
 
-def _reference(policy: Policy) -> Refer:
+def _reference(policy: Policy, temperature: float) -> Refer:
     @jax.jit
     def logprobs(params: Params, batch: WindowBatch) -> jax.Array:
-        return window_logprobs(policy.graph, params, batch, remat=False)[0]
+        return window_logprobs(policy.graph, params, batch, temperature=temperature, remat=False)[0]
 
     def refer(batch: WindowBatch) -> WindowBatch:
         known = np.asarray(logprobs(policy.params, batch))

@@ -21,21 +21,34 @@ class RlLossConfig:
         clip: The ratio to the proximal policy is kept within [1 - clip, 1 + clip].
         importance_cap: Largest weight for behaviour-policy mismatch.
         kl_beta: Weight of the KL to the reference; 0 computes no reference.
+        temperature: Of the sampling. The policy that acts is the tempered one, so that is the one
+            whose probabilities are trained.
     """
 
     clip: float = 0.2
     importance_cap: float = 2.0
     kl_beta: float = 0.0
+    temperature: float = 1.0
 
 
 def window_logprobs(
-    graph: nnx.GraphDef[Decoder], params: Params, batch: WindowBatch, *, remat: bool
+    graph: nnx.GraphDef[Decoder],
+    params: Params,
+    batch: WindowBatch,
+    *,
+    temperature: float,
+    remat: bool,
 ) -> tuple[Float[Array, "b s"], Float[Array, "b s"]]:
-    """Log-probability of each token after the first, and entropy of each prediction."""
+    """Log-probability of each token after the first, and entropy of each prediction.
+
+    Both are those of the policy that samples with the given temperature.
+    """
     decoder = nnx.merge(graph, params)
     # The whole row goes through the decoder: an even length keeps the matrices aligned.
     hidden = decoder.apply(jnp.asarray(batch.tokens), remat=remat)[:, :-1]
-    return token_logprobs(hidden, decoder.output_embedding, jnp.asarray(batch.tokens)[:, 1:])
+    return token_logprobs(
+        hidden / temperature, decoder.output_embedding, jnp.asarray(batch.tokens)[:, 1:]
+    )
 
 
 def rl_loss(graph: nnx.GraphDef[Decoder], config: RlLossConfig, *, remat: bool) -> LossFn:
@@ -57,7 +70,9 @@ def rl_loss(graph: nnx.GraphDef[Decoder], config: RlLossConfig, *, remat: bool) 
     def loss(
         params: Params, batch: WindowBatch
     ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-        logprobs, entropy = window_logprobs(graph, params, batch, remat=remat)
+        logprobs, entropy = window_logprobs(
+            graph, params, batch, temperature=config.temperature, remat=remat
+        )
         mask = batch.trained[:, 1:]
         advantage = batch.weight[:, None]
         proximal = jax.lax.stop_gradient(logprobs)

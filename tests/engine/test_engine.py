@@ -40,17 +40,26 @@ async def speak(
     return [await seat.complete(p, max_tokens=max_tokens, deadline_s=None) for p in prompts]
 
 
+@jax.jit
+def _logits(row: jax.Array) -> jax.Array:
+    decoder = nnx.merge(GRAPH, PARAMS)
+    return decoder.apply(row[None])[0] @ decoder.output_embedding.T
+
+
+def last_logits(context: list[int]) -> jax.Array:
+    """Logits after a context; padding behind it changes nothing in a causal model."""
+    return _logits(jnp.asarray(context + [0] * (LIMIT - len(context))))[len(context) - 1]
+
+
 def naive(
     context: list[int], max_tokens: int, turn: int, seed: int = 7
 ) -> tuple[list[int], list[float]]:
     """Samples with the whole context recomputed for each token."""
-    decoder = nnx.merge(GRAPH, PARAMS)
     key = jax.random.fold_in(jax.random.key(seed), turn)
     tokens: list[int] = []
     logprobs: list[float] = []
     while len(tokens) < max_tokens and (not tokens or tokens[-1] != CHAT.end_id):
-        hidden = decoder.apply(jnp.asarray([context + tokens]))
-        logits = hidden[0, -1] @ decoder.output_embedding.T
+        logits = last_logits(context + tokens)
         token = int(jax.random.categorical(jax.random.fold_in(key, len(tokens)), logits))
         logprobs.append(float(jax.nn.log_softmax(logits)[token]))
         tokens.append(token)
@@ -103,11 +112,9 @@ def test_a_new_policy_forgets_what_was_cached() -> None:
 
 def test_temperature_zero_takes_the_likeliest_token() -> None:
     got = asyncio.run(speak(make_engine(temperature=0.0), 0, [prompt(15)], max_tokens=3))[0]
-    decoder = nnx.merge(GRAPH, PARAMS)
     context = list(prompt(15).token_ids)
     for token in got.output_ids:
-        hidden = decoder.apply(jnp.asarray([context]))
-        assert token == int(jnp.argmax(hidden[0, -1] @ decoder.output_embedding.T))
+        assert token == int(jnp.argmax(last_logits(context)))
         context.append(token)
 
 

@@ -82,7 +82,7 @@ def test_values_become_what_the_pipelines_use() -> None:
         (["rl.rollouts=1"], "rl.rollouts=1"),
         (["rl.stages=[]"], "rl.stages=[]"),
         ([f"rl.stages=[{STAGE}, {STAGE}]"], "must be larger"),
-        (["engine.temperature=0.5"], "RL learns from samples"),
+        (["engine.temperature=0"], "RL compares samples"),
         (["~seed"], "seed is missing"),
         (["clock.kind=sundial"], "'virtual' or 'wall'"),
         (["run.id=a/b"], "run.id"),
