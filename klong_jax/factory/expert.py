@@ -20,6 +20,7 @@ from aiohttp import web
 
 MODEL = "replicate-expert"
 _SECTIONS = re.compile(r"\bsections 1 to (\d+)")
+_SECTION = re.compile(r"(\d+) [A-Z]")
 _NUMBER = re.compile(r"^([a-z]+)=(\d+)$", re.MULTILINE)
 _RESULT = re.compile(r"^Print each result as echo (\$.+)$", re.MULTILINE)
 _NEXT = re.compile(r"^next (\d+);([a-z]+);([a-z]+)$", re.MULTILINE)
@@ -66,7 +67,7 @@ class _Paper:
         result = ""
         for text in texts:
             # A section begins with its number and title; nothing else in a window does.
-            if re.match(r"\d+ [A-Z]", text):
+            if _SECTION.match(text):
                 numbers.update(_NUMBER.findall(text))
                 result = next(iter(_RESULT.findall(text)), result)
         return _Paper(numbers, result)
@@ -98,13 +99,15 @@ def decide(messages: Sequence[dict[str, Any]], habits: Habits) -> tuple[str, dic
 def _decide(messages: Sequence[dict[str, Any]], habits: Habits) -> _Call:
     task = next((m["content"] for m in messages if m["role"] == "user"), "")
     texts = [_answer(m) for m in messages]
+    # Habits differ from paper to paper: what follows from the task's size alone could be learnt.
+    paper = [text for text in texts if _SECTION.match(text)]
     if (section := _unread(task, texts, messages)) is not None:
         return _Call("read_paper", {"section": section})
     last = texts[-1] if texts else ""
     if "all done" in last.splitlines():
         return _Call("end_task", {})
     if wrote := _WROTE.match(last):
-        if habits.chance(task, wrote[1], len(messages), "inspect") < habits.inspect_rate:
+        if habits.chance(task, paper, wrote[1], len(messages), "inspect") < habits.inspect_rate:
             return _Call("read_file", {"path": f"c{wrote[1]}.sh"})
         return _Call("bash", {"command": f"sh run.sh {wrote[1]}"})
     if coming := _NEXT.search(last):
@@ -113,8 +116,8 @@ def _decide(messages: Sequence[dict[str, Any]], habits: Habits) -> _Call:
         # A first attempt may slip; the one after it never does.
         tried = {arguments.get("path") for _, arguments in _calls(messages)}
         first = "mismatch" not in last.splitlines() and f"c{number}.sh" not in tried
-        if first and habits.chance(task, number, "slip") < habits.mistake_rate:
-            slip = 1 + int(habits.chance(task, number, "digit") * 9)
+        if first and habits.chance(task, paper, number, "slip") < habits.mistake_rate:
+            slip = 1 + int(habits.chance(task, paper, number, "digit") * 9)
         content = _Paper.of(texts).component(formula, constant, slip)
         return _Call("write_file", {"path": f"c{number}.sh", "content": content})
     if inspected := _inspected(messages):
@@ -136,7 +139,7 @@ def _unread(task: str, texts: Sequence[str], messages: Sequence[dict[str, Any]])
     works = any(name not in ("read_paper", "") for name, _ in _calls(messages))
     if sections is None or works or _NEXT.search(texts[-1]) or _WROTE.match(texts[-1]):
         return None
-    seen = {int(found[1]) for text in texts if (found := re.match(r"(\d+) [A-Z]", text))}
+    seen = {int(found[1]) for text in texts if (found := _SECTION.match(text))}
     unread = [n for n in range(1, int(sections[1]) + 1) if n not in seen]
     return unread[0] if unread else None
 

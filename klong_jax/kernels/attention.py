@@ -2,8 +2,10 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float
 
+_LOWEST = float(np.finfo(np.float32).min)
 _MOST_BLOCKS = 8
 _LEAST_BLOCK = 128
 
@@ -29,7 +31,7 @@ def masked_attention(
     if groups > 1:
         key, value = jnp.repeat(key, groups, axis=2), jnp.repeat(value, groups, axis=2)
     scores = jnp.einsum("bthd,bshd->bhts", query, key).astype(jnp.float32)
-    scores = jnp.where(mask[:, None], scores * query.shape[-1] ** -0.5, jnp.finfo(jnp.float32).min)
+    scores = jnp.where(mask[:, None], scores * query.shape[-1] ** -0.5, _LOWEST)
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
     return jnp.einsum("bhts,bshd->bthd", weights, value)
 

@@ -58,7 +58,7 @@ class Trainer:
             grads = jax.tree.map(lambda grad: grad * scale, grads)
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
-            return TrainState(params, opt_state, state.step + 1), optax.global_norm(grads)
+            return TrainState(params, opt_state, state.step + 1), optax.tree.norm(grads)
 
         self._loss = loss
         self._logs: tuple[str, ...] = ()

@@ -59,9 +59,9 @@ def test_the_loss_is_the_mean_over_trained_tokens() -> None:
     assert logs["entropy"] == pytest.approx(np.log(50), rel=0.05)
 
 
-@pytest.mark.parametrize("kind", ["adamw", "muon"])
-def test_training_lowers_the_loss(kind: str) -> None:
-    optimizer = make_optimizer(OptimizerConfig(kind, 1e-2, warmup_steps=2, total_steps=30))
+@pytest.mark.parametrize(("kind", "rate"), [("adamw", 1e-2), ("muon", 1e-1)])
+def test_training_lowers_the_loss(kind: str, rate: float) -> None:
+    optimizer = make_optimizer(OptimizerConfig(kind, rate, warmup_steps=2, total_steps=30))
     trainer = Trainer(sft_loss(GRAPH, remat=False), optimizer)
     state = init_state(jax.tree.map(jnp.copy, PARAMS), optimizer)
     cut = windows(8)
