@@ -1,0 +1,105 @@
+"""`klong split` on real recordings: the plan adds up, and what does not fit is said."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from klong_jax.pipelines.split import plan_recording
+from klong_jax.splitting.policy import ContextPolicy
+from klong_jax.text.chat import Chat
+from klong_jax.text.formats import read_recordings
+from klong_jax.text.tokenizer import bundled_tokenizer
+
+ROOT = Path(__file__).resolve().parents[2]
+SHARED = Path(os.environ.get("KLONG_SHARED", ROOT.parent / "shared")) / "data" / "trajectories"
+FILES = sorted(path for path in SHARED.glob("*/*") if path.is_file())
+
+
+def need_data() -> None:
+    if not FILES:
+        message = f"no trajectories at {SHARED}: set KLONG_SHARED"
+        if os.environ.get("CI") == "true":
+            pytest.fail(message)
+        pytest.skip(message)
+
+
+def klong(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "klong_jax.cli", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "160"},
+    )
+
+
+def test_the_plan_of_every_real_recording_adds_up() -> None:
+    need_data()
+    chat = Chat(bundled_tokenizer())
+    policy = ContextPolicy(limit=16384, overlap=2048, reserve=1024)
+    split = 0
+    for path in FILES:
+        for recording in list(read_recordings(path))[:5]:
+            plan = plan_recording(chat, recording, policy)
+            assert all(window.length <= policy.limit for window in plan.windows)
+            assert sum(window.trained_tokens for window in plan.windows) == plan.output_tokens
+            assert plan.windows[0].first_trained_turn == 0
+            assert plan.windows[-1].last_trained_turn == plan.turns - 1
+            split += len(plan.windows) > 1
+    assert split >= 3
+
+
+def test_the_command_writes_the_plan(tmp_path: Path) -> None:
+    need_data()
+    source = SHARED / "tau-bench" / "gpt-4o-airline.json"
+    done = klong(
+        "split",
+        f"data.path={source}",
+        "splitting.context_limit=4096",
+        "splitting.overlap=512",
+        "output=plan.json",
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "200 trajectories" in done.stdout
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    assert len(plan["trajectories"]) == 200
+    assert any(len(one["windows"]) > 1 for one in plan["trajectories"])
+
+
+def test_a_bad_line_is_named_and_can_be_skipped(tmp_path: Path) -> None:
+    good = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}
+    bad = {"messages": [{"role": "narrator", "content": "hm"}]}
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in (good, bad, good)))
+    refused = klong("split", f"data.path={path}", cwd=tmp_path)
+    assert refused.returncode == 2
+    assert f"{path}:2" in refused.stderr
+    assert "role" in refused.stderr
+    assert refused.stderr.count("\n") == 1
+    used = klong("split", f"data.path={path}", "--skip-bad", cwd=tmp_path)
+    assert used.returncode == 0, used.stderr
+    assert "2 trajectories" in used.stdout
+    assert "skipped" in used.stdout
+
+
+def test_a_prefix_larger_than_the_context_is_one_sentence(tmp_path: Path) -> None:
+    path = tmp_path / "long.jsonl"
+    messages = [{"role": "user", "content": "word " * 500}, {"role": "assistant", "content": "ho"}]
+    path.write_text(json.dumps({"messages": messages}) + "\n")
+    done = klong(
+        "split",
+        f"data.path={path}",
+        "splitting.context_limit=300",
+        "splitting.overlap=10",
+        "splitting.reserve=50",
+        cwd=tmp_path,
+    )
+    assert done.returncode == 2
+    assert "pinned prefix" in done.stderr
+    assert "raise it above" in done.stderr
+    assert done.stderr.count("\n") == 1
