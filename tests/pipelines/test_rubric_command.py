@@ -81,7 +81,8 @@ def test_a_broken_rubric_is_named(tmp_path: Path) -> None:
 def test_every_paperbench_rubric(tmp_path: Path) -> None:
     papers = SHARED / "data" / "paperbench"
     if not papers.is_dir():
-        pytest.skip(f"no PaperBench data at {papers}: set KLONG_SHARED")
+        refuse = pytest.fail if os.environ.get("CI") == "true" else pytest.skip
+        refuse(f"no PaperBench data at {papers}: set KLONG_SHARED")
     rows = summaries(papers, tmp_path)
     assert len([row for row in rows if row["path"].endswith("/rubric.json")]) >= 10
     for row in rows:
