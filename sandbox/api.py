@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
@@ -15,11 +17,30 @@ MB = 1_000_000
 
 Isolation = Literal["bubblewrap", "none", "docker"]
 
+_ID = re.compile(r"sb-[a-z0-9]{8,40}")
+
 _STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 _Text = Annotated[str, Field(pattern=r"^[^\x00]*$")]
 _Name = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 Env = Mapping[_Name, _Text]
+
+
+def new_id() -> str:
+    """A fresh sandbox id, unguessable."""
+    return f"sb-{secrets.token_hex(8)}"
+
+
+def check_id(sandbox_id: str) -> None:
+    """Refuses an id that no client of this package would choose.
+
+    Raises:
+        SandboxRefused: it has not the form of `new_id`; it names directories and groups.
+    """
+    if not _ID.fullmatch(sandbox_id):
+        raise SandboxRefused(
+            f"id {sandbox_id!r}: a sandbox's id is sb- and 8 to 40 small letters or digits."
+        )
 
 
 @dataclass(frozen=True)

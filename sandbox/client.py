@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import io
 import json
 import tarfile
@@ -11,7 +13,16 @@ from typing import Any, Self
 
 import aiohttp
 
-from sandbox.api import ExecRequest, ExecResult, Limits, SandboxInfo, SandboxSpec, parse, to_json
+from sandbox.api import (
+    ExecRequest,
+    ExecResult,
+    Limits,
+    SandboxInfo,
+    SandboxSpec,
+    new_id,
+    parse,
+    to_json,
+)
 from sandbox.errors import (
     BY_KIND,
     SandboxError,
@@ -84,8 +95,16 @@ class SandboxClient:
 
     async def create(self, spec: SandboxSpec | None = None) -> Sandbox:
         """Makes a sandbox; without a spec, one with the default limits."""
+        path = f"/sandboxes/{new_id()}"
         body = json.dumps(to_json(spec or SandboxSpec())).encode()
-        return Sandbox(self, parse(SandboxInfo, await self._request("POST", "/sandboxes", body)))
+        try:
+            answer = await self._request("PUT", path, body)
+        except asyncio.CancelledError:
+            # The service may have made it already, and nobody else knows its id.
+            with contextlib.suppress(SandboxError):
+                await asyncio.shield(self._request("DELETE", path, timeout_s=_GRACE_S))
+            raise
+        return Sandbox(self, parse(SandboxInfo, answer))
 
     async def attach(self, sandbox_id: str) -> Sandbox:
         """A sandbox that was created earlier, perhaps by another process."""

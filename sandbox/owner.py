@@ -44,11 +44,6 @@ def is_alive(owner: str) -> bool:
     return pid.isdigit() and start_time(int(pid)) == started
 
 
-def new_id() -> str:
-    """A fresh sandbox id, unguessable."""
-    return f"sb-{secrets.token_hex(8)}"
-
-
 def claim(state_dir: Path) -> Path:
     """Makes and returns this service's own directory in `state_dir`.
 

@@ -9,8 +9,7 @@ from collections.abc import Coroutine
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from sandbox import owner
-from sandbox.api import ExecRequest, ExecResult, SandboxInfo, SandboxSpec
+from sandbox.api import ExecRequest, ExecResult, SandboxInfo, SandboxSpec, check_id
 from sandbox.backends.base import Backend, Box
 from sandbox.errors import SandboxError, SandboxGone, SandboxRefused, SandboxUnavailable
 from sandbox.workspace import Workspace
@@ -21,6 +20,9 @@ T = TypeVar("T")
 
 # Linux takes at most 131072 bytes in one argument of a program.
 _MAX_COMMAND = 120_000
+
+# Ids kept of sandboxes that were closed before they were there.
+_MAX_FORBIDDEN = 10_000
 
 
 @dataclass
@@ -39,21 +41,43 @@ class Registry:
         self.backend = backend
         self._entries: dict[str, _Entry] = {}
         self._closing: dict[str, asyncio.Task[None]] = {}
+        self._creating: set[str] = set()
+        # Closed before they were there: a caller that gave up may be heard before its request.
+        self._forbidden: dict[str, None] = {}
         self._shut = False
 
-    async def create(self, spec: SandboxSpec) -> SandboxInfo:
-        """Makes a sandbox that expires after the spec's lifetime."""
+    async def create(self, sandbox_id: str, spec: SandboxSpec) -> SandboxInfo:
+        """Makes a sandbox that expires after the spec's lifetime.
+
+        The caller chooses the id, so that one who goes away before the answer can still close
+        what was made, and one who asks twice gets one sandbox.
+        """
         if self._shut:
             raise SandboxUnavailable("the sandbox service is shutting down.")
-        sandbox_id = owner.new_id()
+        check_id(sandbox_id)
+        if sandbox_id in self._forbidden:
+            raise SandboxGone(f"sandbox {sandbox_id} was closed already.")
+        if (entry := self._entries.get(sandbox_id)) and entry.info.spec == spec:
+            return entry.info
+        if sandbox_id in self._entries or sandbox_id in self._creating:
+            raise SandboxRefused(f"there is a sandbox {sandbox_id} already; choose another id.")
+        self._creating.add(sandbox_id)
+        try:
+            return await self._create(sandbox_id, spec)
+        finally:
+            self._creating.discard(sandbox_id)
+
+    async def _create(self, sandbox_id: str, spec: SandboxSpec) -> SandboxInfo:
         creation = asyncio.ensure_future(self.backend.create(sandbox_id, spec))
         try:
             box = await asyncio.shield(creation)
         except asyncio.CancelledError:
             # A creation under way in a thread cannot be stopped: let it end, then undo it.
-            undo = asyncio.get_running_loop().create_task(self._undo(sandbox_id, creation))
-            self._closing[sandbox_id] = undo
+            self._start_undo(sandbox_id, creation)
             raise
+        if sandbox_id in self._forbidden:
+            self._start_undo(sandbox_id, creation)
+            raise SandboxGone(f"sandbox {sandbox_id} was closed meanwhile.")
         now = time.time()
         info = SandboxInfo(
             id=sandbox_id,
@@ -99,7 +123,11 @@ class Registry:
         return await self._work(entry, entry.box.exec(request))
 
     async def close(self, sandbox_id: str) -> None:
-        """Removes a sandbox; one that does not exist is no error."""
+        """Removes a sandbox; one that does not exist is no error, and never will exist."""
+        if sandbox_id not in self._entries:
+            self._forbidden[sandbox_id] = None
+            while len(self._forbidden) > _MAX_FORBIDDEN:
+                del self._forbidden[next(iter(self._forbidden))]
         self._start_close(sandbox_id)
         if closing := self._closing.get(sandbox_id):
             await asyncio.shield(closing)
@@ -136,6 +164,10 @@ class Registry:
             entry.expiry.cancel()
             task = asyncio.get_running_loop().create_task(self._close(entry))
             self._closing[sandbox_id] = task
+
+    def _start_undo(self, sandbox_id: str, creation: asyncio.Future[Box]) -> None:
+        task = asyncio.get_running_loop().create_task(self._undo(sandbox_id, creation))
+        self._closing[sandbox_id] = task
 
     async def _undo(self, sandbox_id: str, creation: asyncio.Future[Box]) -> None:
         try:

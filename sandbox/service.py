@@ -59,7 +59,7 @@ def create_app(backend: Backend, *, token: str | None = None) -> web.Application
     app.add_routes(
         [
             web.get("/health", _health),
-            web.post("/sandboxes", _create),
+            web.put(box, _create),
             web.get("/sandboxes", _list),
             web.get(box, _show),
             web.delete(box, _close),
@@ -255,7 +255,8 @@ async def _health(request: web.Request) -> web.Response:
 
 async def _create(request: web.Request) -> web.Response:
     spec = parse(SandboxSpec, await request.read() or b"{}")
-    return web.json_response(to_json(await request.app[_REGISTRY].create(spec)), status=201)
+    info = await request.app[_REGISTRY].create(request.match_info["id"], spec)
+    return web.json_response(to_json(info), status=201)
 
 
 async def _list(request: web.Request) -> web.Response:

@@ -7,7 +7,7 @@ run that was stopped goes on where it stopped, and the final file does not depen
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import quote
@@ -47,6 +47,7 @@ class Setup:
         model: The expert.
         model_name: Its name and settings; parts of another expert are not taken over.
         client: Where sandboxes come from.
+        spec: The sandbox every attempt gets.
         judge: Who confirms.
         chat: The dialect that contexts are counted in.
         policy: The context policy.
@@ -57,6 +58,7 @@ class Setup:
     model: ChatModel
     model_name: str
     client: SandboxClient
+    spec: SandboxSpec
     judge: Judge
     chat: Chat
     policy: ContextPolicy
@@ -72,6 +74,7 @@ class Setup:
                 "policy": asdict(self.policy),
                 "budget": asdict(self.budget),
                 "clock": repr(self.clock()),
+                "sandbox": asdict(self.spec),
                 "instructions": task.instructions,
                 "addendum": task.addendum,
                 "paper": task.paper,
@@ -194,7 +197,7 @@ async def _attempts(task: Task, setup: Setup) -> tuple[dict[str, Any] | None, st
 
 async def _attempt(task: Task, setup: Setup, attempt: int) -> tuple[AgentResult, Judgement | None]:
     name = f"distill/{task.task_id}.{attempt}"
-    spec = SandboxSpec(image=task.image, labels={"task": task.task_id})
+    spec = replace(setup.spec, image=task.image, labels={"task": task.task_id})
     async with await setup.client.create(spec) as box:
         result = await run_agent(
             task,

@@ -15,7 +15,8 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
 from klong_jax.core.errors import UserError
-from klong_jax.pipelines.config import CONFIGS, Section
+from klong_jax.pipelines.config.commands import CONFIGS
+from klong_jax.pipelines.config.section import Section
 
 _WIDTH = 36  # of a setting beside its explanation in the help
 # Everything that composing and overriding raise for a user's mistake.

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AsyncExitStack, contextmanager
 from pathlib import Path
 
 from rich.console import Console
@@ -15,16 +15,10 @@ from klong_jax.factory.expert import serve_expert
 from klong_jax.judge.executable import ExecutableJudge
 from klong_jax.judge.pool import JudgePool
 from klong_jax.llm.openai import OpenAIChat
-from klong_jax.pipelines.config import (
-    AgentSection,
-    ClockSection,
-    DistillConfig,
-    DistillSection,
-    TeacherSection,
-)
+from klong_jax.pipelines.config.acting import TeacherSection
+from klong_jax.pipelines.config.commands import DistillConfig, RecipeConfig
 from klong_jax.pipelines.stage import stage
-from klong_jax.pipelines.world import clock_factory, open_sandboxes
-from klong_jax.splitting.policy import ContextPolicy
+from klong_jax.pipelines.world import clock_factory, open_sandboxes, sandbox_spec
 from klong_jax.text.chat import Chat
 from klong_jax.text.tasks import load_tasks
 from klong_jax.text.tokenizer import bundled_tokenizer
@@ -38,43 +32,22 @@ def run(config: DistillConfig) -> None:
 
 async def _run(config: DistillConfig) -> None:
     console = Console()
-    async with open_sandboxes(config.sandbox) as client:
-        await demonstrate(
-            load_tasks(config.tasks),
-            config.output,
-            client,
-            teacher=config.teacher,
-            section=config.distill,
-            agent=config.agent,
-            clock=config.clock,
-            overlap=config.splitting.overlap,
-            reserve=config.splitting.reserve,
-            seed=config.seed,
-            console=console,
-        )
+    await demonstrate(config, load_tasks(config.tasks), config.output, console)
     console.print(f"demonstrations in {config.output}", markup=False)
 
 
 async def demonstrate(
-    tasks: Sequence[Task],
-    out: Path,
-    client: SandboxClient,
-    *,
-    teacher: TeacherSection,
-    section: DistillSection,
-    agent: AgentSection,
-    clock: ClockSection,
-    overlap: int,
-    reserve: int,
-    seed: int,
-    console: Console,
+    config: DistillConfig | RecipeConfig, tasks: Sequence[Task], out: Path, console: Console
 ) -> DistillReport:
     """Lets the teacher attempt the tasks through the scaffold and writes what the judge confirms.
 
     Raises:
         UserError: Not one demonstration was kept.
     """
-    with _endpoint(teacher, seed) as url:
+    section, teacher = config.distill, config.teacher
+    async with AsyncExitStack() as stack:
+        client = await stack.enter_async_context(open_sandboxes(config.sandbox))
+        url = stack.enter_context(_endpoint(teacher, config.seed))
         model = OpenAIChat(
             url,
             teacher.model,
@@ -82,39 +55,29 @@ async def demonstrate(
             tools=tool_schemas(),
             concurrency=section.concurrency,
         )
-        habits = f"{teacher.mistake_rate}/{teacher.inspect_rate}/{seed}"
-        setup = Setup(
-            model=model,
-            model_name=teacher.model if teacher.url else f"{teacher.model}/{habits}",
-            client=client,
-            judge=JudgePool(ExecutableJudge(client), agent.judges),
-            chat=Chat(bundled_tokenizer()),
-            policy=ContextPolicy(section.context_limit, overlap, reserve),
-            budget=Budget(section.timeout_s, agent.max_turns, agent.tool_timeout_s),
-            clock=clock_factory(clock),
+        await stack.enter_async_context(model)
+        setup = _setup(config, model, client)
+        advance = stack.enter_context(stage(console, "distillation", len(tasks)))
+        before = 0
+
+        def progress(done: int, total: int) -> None:
+            nonlocal before
+            advance(done - before)
+            before = done
+
+        report = await distill(
+            tasks,
+            setup,
+            concurrency=section.concurrency,
+            min_score=section.min_score,
+            out=out,
+            on_progress=progress,
         )
-        async with model:
-            with stage(console, "distillation", len(tasks)) as advance:
-                before = 0
-
-                def progress(done: int, total: int) -> None:
-                    nonlocal before
-                    advance(done - before)
-                    before = done
-
-                report = await distill(
-                    tasks,
-                    setup,
-                    concurrency=section.concurrency,
-                    min_score=section.min_score,
-                    out=out,
-                    on_progress=progress,
-                )
-                advance(
-                    0,
-                    f"{len(report.kept)} kept, {len(report.rejected)} rejected, "
-                    f"{len(report.failed)} failed",
-                )
+        advance(
+            0,
+            f"{len(report.kept)} kept, {len(report.rejected)} rejected, "
+            f"{len(report.failed)} failed",
+        )
     if not report.kept:
         why = next(iter(report.failed.values()), f"none scored {section.min_score:g} or more")
         raise UserError(
@@ -122,6 +85,22 @@ async def demonstrate(
             "distill.min_score."
         )
     return report
+
+
+def _setup(config: DistillConfig | RecipeConfig, model: OpenAIChat, client: SandboxClient) -> Setup:
+    teacher, agent = config.teacher, config.agent
+    habits = f"{teacher.mistake_rate}/{teacher.inspect_rate}/{config.seed}"
+    return Setup(
+        model=model,
+        model_name=teacher.model if teacher.url else f"{teacher.model}/{habits}",
+        client=client,
+        spec=sandbox_spec(config.sandbox),
+        judge=JudgePool(ExecutableJudge(client), agent.judges),
+        chat=Chat(bundled_tokenizer()),
+        policy=config.distill.context.policy(),
+        budget=Budget(config.distill.timeout_s, agent.max_turns, agent.tool_timeout_s),
+        clock=clock_factory(config.clock),
+    )
 
 
 @contextmanager

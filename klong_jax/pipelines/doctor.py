@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from klong_jax.pipelines.config import DoctorConfig
+from klong_jax.pipelines.config.commands import DoctorConfig
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "hydra-core")
 _GIB = 2**30

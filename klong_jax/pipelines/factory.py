@@ -7,7 +7,7 @@ from rich.console import Console
 
 from klong_jax.core.task import Task
 from klong_jax.factory.replicate import make_task
-from klong_jax.pipelines.config import FactoryConfig
+from klong_jax.pipelines.config.commands import FactoryConfig
 
 
 def run(config: FactoryConfig) -> None:

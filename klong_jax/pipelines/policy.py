@@ -12,7 +12,8 @@ from klong_jax.core.jsonio import read_json, write_json
 from klong_jax.engine.engine import Engine, EngineConfig
 from klong_jax.models.config import DecoderConfig
 from klong_jax.models.decoder import Decoder, Params, build
-from klong_jax.pipelines.config import EngineSection, ModelSection
+from klong_jax.pipelines.config.acting import EngineSection
+from klong_jax.pipelines.config.training import ModelSection
 from klong_jax.splitting.policy import ContextPolicy
 from klong_jax.text.chat import Chat
 from klong_jax.text.tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokenizer
@@ -46,15 +47,6 @@ class Policy:
     def parameters(self) -> int:
         """How many numbers are learnt."""
         return sum(int(leaf.size) for leaf in jax.tree.leaves(self.params))
-
-
-def keep_compiled(folder: Path) -> None:
-    """Keeps compiled programs in a run's folder, so that resuming it starts at once.
-
-    In the run's own folder, because a program compiled for one machine may not suit another.
-    """
-    jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
 def new_policy(section: ModelSection, tokenizer: Tokenizer, seed: int) -> Policy:

@@ -19,14 +19,15 @@ from klong_jax.core.task import Task
 from klong_jax.factory.drills import component_drill, lookup_drill
 from klong_jax.pipelines import rl as rl_pipeline
 from klong_jax.pipelines import sft as sft_pipeline
-from klong_jax.pipelines.config import RecipeConfig
+from klong_jax.pipelines.arena import open_arena
+from klong_jax.pipelines.config.commands import RecipeConfig
 from klong_jax.pipelines.distill import demonstrate
 from klong_jax.pipelines.eval import evaluate
 from klong_jax.pipelines.factory import write_tasks
-from klong_jax.pipelines.policy import Policy, keep_compiled, make_engine, new_policy
+from klong_jax.pipelines.policy import Policy, new_policy
+from klong_jax.pipelines.process import prepare_process
 from klong_jax.pipelines.rundir import RunDir, open_run
 from klong_jax.pipelines.split import plan_recording
-from klong_jax.pipelines.world import make_runner, open_sandboxes, run_queue
 from klong_jax.report.data import EvalRow, RlPoint, RunReport
 from klong_jax.report.data import Policy as PolicyName
 from klong_jax.report.html import write_report
@@ -42,7 +43,6 @@ from klong_jax.text.tokenizer import (
     train_tokenizer,
 )
 from klong_jax.training.metrics import read_metrics
-from sandbox.client import SandboxClient
 
 
 def run(config: RecipeConfig) -> None:
@@ -50,7 +50,7 @@ def run(config: RecipeConfig) -> None:
     console = Console()
     with open_run("recipe", config, config.run) as folder:
         console.print(f"run {folder.path}", markup=False)
-        keep_compiled(folder.path)
+        prepare_process(folder.path)
         asyncio.run(_Recipe(config, folder, console).run())
 
 
@@ -76,16 +76,14 @@ class _Recipe:
 
     async def run(self) -> None:
         """The recipe, stage by stage."""
-        async with open_sandboxes(self.config.sandbox) as client:
-            tasks = self._make_tasks()
-            recordings = await self._demonstrate(tasks.demonstrated, client)
-            tokenizer = self._train_tokenizer(recordings)
-            self._write_plan(recordings, tokenizer)
-            base = new_policy(self.config.model, tokenizer, self.config.seed)
-            self.console.print(f"{'a decoder of':<24} {base.parameters:,} parameters", markup=False)
-            sft = self._fine_tune(base, recordings)
-            rows = await self._reinforce(base, sft, tasks, client)
-        self._report(rows)
+        tasks = self._make_tasks()
+        recordings = await self._demonstrate(tasks.demonstrated)
+        tokenizer = self._train_tokenizer(recordings)
+        self._write_plan(recordings, tokenizer)
+        base = new_policy(self.config.model, tokenizer, self.config.seed)
+        self.console.print(f"{'a decoder of':<24} {base.parameters:,} parameters", markup=False)
+        sft = self._fine_tune(base, recordings)
+        self._report(await self._reinforce(base, sft, tasks))
 
     def _make_tasks(self) -> _Tasks:
         sizes, seed, root = self.config.tasks, self.config.seed, self.path / "tasks"
@@ -107,22 +105,10 @@ class _Recipe:
             self._done("tasks")
         return _Tasks(*(_load(root / name) for name in ("demonstrated", "practised", "heldout")))
 
-    async def _demonstrate(self, tasks: list[Task], client: SandboxClient) -> list[Recording]:
+    async def _demonstrate(self, tasks: list[Task]) -> list[Recording]:
         out = self.path / "demonstrations.jsonl"
         if self.folder.done("distill") is None:
-            await demonstrate(
-                tasks,
-                out,
-                client,
-                teacher=self.config.teacher,
-                section=self.config.distill,
-                agent=self.config.agent,
-                clock=self.config.clock,
-                overlap=self.config.splitting.overlap,
-                reserve=512,
-                seed=self.config.seed,
-                console=self.console,
-            )
+            await demonstrate(self.config, tasks, out, self.console)
             self._done("distill")
         return list(read_recordings(out))
 
@@ -175,56 +161,28 @@ class _Recipe:
             self._done("sft")
         return policy
 
-    async def _reinforce(
-        self, base: Policy, sft: Policy, tasks: _Tasks, client: SandboxClient
-    ) -> list[EvalRow]:
-        config = self.config
-        queue = run_queue(config.queue, self.path, self.folder.run_id)
-        runner = make_runner(
-            client,
-            queue,
-            {task.task_id: task for task in (*tasks.practised, *tasks.heldout)},
-            Chat(base.tokenizer),
-            self.context,
-            agent=config.agent,
-            clock=config.clock,
-            sandbox=config.sandbox,
-            slots=config.engine.slots,
-        )
-        engine = make_engine(sft, config.engine, self.context)
-        trained = await rl_pipeline.train(
-            self.path / "rl",
-            sft,
-            tasks.practised,
-            config.rl,
-            config.engine.temperature,
-            config.seed,
-            self.context,
-            queue,
-            rl_pipeline.player(engine, runner),
-            self.console,
-        )
-        if self.folder.done("rl") is None:
-            self._done("rl")
-        rows: list[EvalRow] = []
-        compared: dict[PolicyName, Policy] = {"base": base, "sft": sft, "rl": trained}
-        for name, policy in compared.items():
-            rows += await evaluate(
-                name,
-                policy.params,
-                tasks.heldout,
-                config.eval,
-                config.seed,
-                self.context,
-                queue,
-                engine,
-                runner,
-                self.console,
+    async def _reinforce(self, base: Policy, sft: Policy, tasks: _Tasks) -> list[EvalRow]:
+        config, rows = self.config, list[EvalRow]()
+        played = [*tasks.practised, *tasks.heldout]
+        async with open_arena(config, self.folder, sft, played) as arena:
+            trained = await rl_pipeline.train(
+                self.path / "rl", config, sft, tasks.practised, arena, self.console
             )
-        if self.folder.done("eval") is None:
-            self._done("eval")
-        await engine.close()
-        queue.close()
+            if self.folder.done("rl") is None:
+                self._done("rl")
+            compared: dict[PolicyName, Policy] = {"base": base, "sft": sft, "rl": trained}
+            for name, policy in compared.items():
+                rows += await evaluate(
+                    name,
+                    policy.params,
+                    tasks.heldout,
+                    config.eval,
+                    config.seed,
+                    arena,
+                    self.console,
+                )
+            if self.folder.done("eval") is None:
+                self._done("eval")
         return rows
 
     def _report(self, rows: Sequence[EvalRow]) -> None:

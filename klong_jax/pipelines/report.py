@@ -2,7 +2,7 @@
 
 from rich.console import Console
 
-from klong_jax.pipelines.config import ReportConfig
+from klong_jax.pipelines.config.commands import ReportConfig
 from klong_jax.report import print_summary, read_report, write_report
 
 

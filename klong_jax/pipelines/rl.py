@@ -1,7 +1,7 @@
 """`klong rl`: progressive RL from a policy on disk."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,28 +10,21 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from klong_jax.core.rollout import RolloutRequest
 from klong_jax.core.task import Task
-from klong_jax.engine.engine import Engine
 from klong_jax.models.decoder import Params
-from klong_jax.pipelines.config import RlConfig, RlSection
+from klong_jax.pipelines.arena import Arena, open_arena
+from klong_jax.pipelines.config.commands import Reinforcing, RlConfig
 from klong_jax.pipelines.policy import (
     Policy,
     describe_policy,
     fresh_state,
-    keep_compiled,
     load_policy,
-    make_engine,
 )
+from klong_jax.pipelines.process import prepare_process
 from klong_jax.pipelines.rundir import open_run
 from klong_jax.pipelines.stage import stage
-from klong_jax.pipelines.world import make_runner, open_sandboxes, run_queue
 from klong_jax.rl.loss import RlLossConfig, rl_loss, window_logprobs
-from klong_jax.rl.run import Play, Refer, RlRunConfig, run_rl
-from klong_jax.rollout.queue import RolloutQueue
-from klong_jax.rollout.runner import RolloutRunner
-from klong_jax.splitting.policy import ContextPolicy
-from klong_jax.text.chat import Chat
+from klong_jax.rl.run import Refer, RlRunConfig, run_rl
 from klong_jax.text.tasks import load_tasks
 from klong_jax.training.accumulate import Trainer
 from klong_jax.training.batches import WindowBatch
@@ -49,67 +42,23 @@ async def _run(config: RlConfig) -> None:
     console = Console()
     policy = load_policy(config.policy)
     tasks = load_tasks(config.tasks)
-    context = config.splitting.policy()
     with open_run("rl", config, config.run) as folder:
-        keep_compiled(folder.path)
-        queue = run_queue(config.queue, folder.path, folder.run_id)
-        async with open_sandboxes(config.sandbox) as client:
-            runner = make_runner(
-                client,
-                queue,
-                {task.task_id: task for task in tasks},
-                Chat(policy.tokenizer),
-                context,
-                agent=config.agent,
-                clock=config.clock,
-                sandbox=config.sandbox,
-                slots=config.engine.slots,
-            )
-            engine = make_engine(policy, config.engine, context)
-            await train(
-                folder.path / "rl",
-                policy,
-                tasks,
-                config.rl,
-                config.engine.temperature,
-                config.seed,
-                context,
-                queue,
-                player(engine, runner),
-                console,
-            )
-            await engine.close()
-        queue.close()
+        prepare_process(folder.path)
+        async with open_arena(config, folder, policy, tasks) as arena:
+            await train(folder.path / "rl", config, policy, tasks, arena, console)
         console.print(f"policy in {folder.path / 'rl'}", markup=False)
-
-
-def player(
-    engine: Engine,
-    runner: RolloutRunner,
-    on_done: Callable[[RolloutRequest], None] = lambda request: None,
-) -> Play:
-    """Works off the queue with the policy it is given."""
-
-    async def play(params: Params, version: int) -> None:
-        engine.load(params, version)
-        await runner.drain(lambda slot, request: engine.seat(slot, request.seed), on_done)
-
-    return play
 
 
 async def train(
     folder: Path,
+    config: Reinforcing,
     policy: Policy,
     tasks: Sequence[Task],
-    section: RlSection,
-    temperature: float,
-    seed: int,
-    context: ContextPolicy,
-    queue: RolloutQueue,
-    play: Play,
+    arena: Arena,
     console: Console,
 ) -> Policy:
     """Trains a policy through the stages, from its last checkpoint on if there is one."""
+    section, temperature = config.rl, config.engine.temperature
     optimizer = section.optimizer.config(0)
     numbers = RlLossConfig(section.clip, section.importance_cap, section.kl_beta, temperature)
     describe_policy(folder, policy)
@@ -124,18 +73,18 @@ async def train(
                 groups=section.groups,
                 rollouts=section.rollouts,
                 tokens_per_rollout=section.tokens_per_rollout,
-                context_limit=context.limit,
+                context_limit=arena.context.limit,
                 micro_batch=section.micro_batch,
-                seed=seed,
+                seed=config.seed,
             ),
             fresh_state(policy, optimizer),
             Trainer(
                 rl_loss(policy.graph, numbers, remat=section.remat),
                 make_optimizer(optimizer),
             ),
-            queue,
+            arena.queue,
             [task.task_id for task in tasks],
-            play,
+            arena.play,
             _reference(policy, temperature) if section.kl_beta > 0 else lambda batch: batch,
             checkpoints,
             MetricsLog(folder / "metrics.jsonl", done),

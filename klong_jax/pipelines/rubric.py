@@ -17,7 +17,7 @@ from klong_jax.core.rubric import (
     parse_rubric,
     stored_score,
 )
-from klong_jax.pipelines.config import RubricConfig
+from klong_jax.pipelines.config.commands import RubricConfig
 
 # PaperBench's grade.json holds the graded tree under this name.
 _GRADED = "graded_task_tree"

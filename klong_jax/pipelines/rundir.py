@@ -15,7 +15,8 @@ from pathlib import Path
 
 from klong_jax.core.errors import UserError
 from klong_jax.core.jsonio import Json, content_hash, read_json, write_json
-from klong_jax.pipelines.config import RunSection, Section
+from klong_jax.pipelines.config.acting import RunSection
+from klong_jax.pipelines.config.section import Section
 
 
 @dataclass(frozen=True)

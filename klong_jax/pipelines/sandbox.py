@@ -3,7 +3,7 @@
 import os
 
 from klong_jax.core.errors import UserError
-from klong_jax.pipelines.config import SandboxConfig
+from klong_jax.pipelines.config.commands import SandboxConfig
 from sandbox.errors import SandboxError
 from sandbox.service import serve
 

@@ -8,14 +8,15 @@ from rich.console import Console
 from klong_jax.core.errors import UserError
 from klong_jax.core.message import Message
 from klong_jax.core.trajectory import Window
-from klong_jax.pipelines.config import DrillSection, SftConfig, SftSection
+from klong_jax.pipelines.config.commands import SftConfig
+from klong_jax.pipelines.config.training import DrillSection, SftSection
 from klong_jax.pipelines.policy import (
     Policy,
     describe_policy,
     fresh_state,
-    keep_compiled,
     new_policy,
 )
+from klong_jax.pipelines.process import prepare_process
 from klong_jax.pipelines.rundir import open_run
 from klong_jax.pipelines.split import pinned_messages
 from klong_jax.pipelines.stage import stage
@@ -40,7 +41,7 @@ def run(config: SftConfig) -> None:
     chat = Chat(tokenizer)
     policy = new_policy(config.model, tokenizer, config.seed)
     with open_run("sft", config, config.run) as folder:
-        keep_compiled(folder.path)
+        prepare_process(folder.path)
         data = trajectory_windows(
             chat,
             read_recordings(config.data.path, skip_bad=config.data.skip_bad, on_skip=console.print),

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from klong_jax.core.errors import UserError
 from klong_jax.core.jsonio import write_json
-from klong_jax.pipelines.config import SplitConfig
+from klong_jax.pipelines.config.commands import SplitConfig
 from klong_jax.splitting.fit import fit_turns
 from klong_jax.splitting.plan import TrajectoryPlan, plan_windows
 from klong_jax.splitting.policy import ContextPolicy, split

@@ -1,20 +1,11 @@
-"""What rollouts need around them: a sandbox service, a judge, a clock and a queue."""
+"""What attempts need around them, whoever makes them: a sandbox service and a clock."""
 
 import os
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, nullcontext
-from pathlib import Path
 
 from klong_jax.core.clock import Clock, VirtualClock, WallClock
-from klong_jax.core.task import Task
-from klong_jax.judge.executable import ExecutableJudge
-from klong_jax.judge.pool import JudgePool
-from klong_jax.pipelines.config import AgentSection, ClockSection, QueueSection, SandboxSection
-from klong_jax.rollout import open_queue
-from klong_jax.rollout.queue import RolloutQueue
-from klong_jax.rollout.runner import RolloutRunner, RolloutSettings
-from klong_jax.splitting.policy import ContextPolicy
-from klong_jax.text.chat import Chat
+from klong_jax.pipelines.config.acting import ClockSection, SandboxSection
 from sandbox.client import Limits, SandboxClient, SandboxSpec
 from sandbox.service import embedded
 
@@ -46,45 +37,3 @@ async def open_sandboxes(section: SandboxSection) -> AsyncIterator[SandboxClient
         client = SandboxClient(url, token)
         stack.push_async_callback(client.close)
         yield client
-
-
-def run_queue(section: QueueSection, folder: Path, run_id: str) -> RolloutQueue:
-    """The run's queue; leases of a process that is gone come back at once.
-
-    A run's folder is locked by one process, so every lease found on opening a queue of its own is
-    a dead one.
-    """
-    queue = open_queue(section.url or str(folder / "rollouts.sqlite"), run_id, section.max_attempts)
-    queue.recover(())
-    return queue
-
-
-def make_runner(
-    client: SandboxClient,
-    queue: RolloutQueue,
-    tasks: Mapping[str, Task],
-    chat: Chat,
-    policy: ContextPolicy,
-    *,
-    agent: AgentSection,
-    clock: ClockSection,
-    sandbox: SandboxSection,
-    slots: int,
-) -> RolloutRunner:
-    """A runner over a queue with the executable judge."""
-    return RolloutRunner(
-        queue,
-        tasks,
-        client,
-        JudgePool(ExecutableJudge(client), agent.judges),
-        chat,
-        RolloutSettings(
-            policy=policy,
-            make_clock=clock_factory(clock),
-            spec=sandbox_spec(sandbox),
-            max_turns=agent.max_turns,
-            tool_timeout_s=agent.tool_timeout_s,
-        ),
-        slots=slots,
-        worker=f"{os.uname().nodename}/{os.getpid()}",
-    )

@@ -20,7 +20,7 @@ from klong_jax.splitting.policy import ContextPolicy, split
 from klong_jax.text.chat import Chat
 from klong_jax.text.formats import read_recordings
 from klong_jax.text.tokenizer import train_tokenizer
-from sandbox.client import SandboxClient
+from sandbox.client import SandboxClient, SandboxSpec
 from sandbox.service import embedded
 
 TASKS = [make_task(seed, 4 + seed) for seed in range(3)]
@@ -54,6 +54,7 @@ def run(
                 model=model,
                 model_name=MODEL,
                 client=client,
+                spec=SandboxSpec(),
                 judge=JudgePool(ExecutableJudge(client), 2),
                 chat=CHAT,
                 policy=policy,

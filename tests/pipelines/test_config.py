@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 from klong_jax.cli import COMMANDS
 from klong_jax.core.errors import UserError
 from klong_jax.pipelines.compose import config_dir, explain, help_text, validate
-from klong_jax.pipelines.config import CONFIGS, RecipeConfig, SplitConfig
+from klong_jax.pipelines.config.commands import CONFIGS, RecipeConfig, SplitConfig
 from klong_jax.rl.stages import Stage
 
 GIVEN = {

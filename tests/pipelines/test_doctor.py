@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from klong_jax.pipelines import doctor
-from klong_jax.pipelines.config import DoctorConfig
+from klong_jax.pipelines.config.commands import DoctorConfig
 
 
 def settings(tmp_path: Path, redis: str) -> DoctorConfig:

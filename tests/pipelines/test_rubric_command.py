@@ -10,7 +10,7 @@ import pytest
 from klong_jax.core.errors import UserError
 from klong_jax.core.jsonio import read_json
 from klong_jax.pipelines import rubric
-from klong_jax.pipelines.config import RubricConfig
+from klong_jax.pipelines.config.commands import RubricConfig
 
 SHARED = Path(os.environ.get("KLONG_SHARED", Path(__file__).resolve().parents[3] / "shared"))
 

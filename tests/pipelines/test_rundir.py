@@ -13,7 +13,7 @@ from hydra import compose, initialize_config_dir
 from klong_jax.core.errors import UserError
 from klong_jax.core.jsonio import read_json
 from klong_jax.pipelines.compose import config_dir, validate
-from klong_jax.pipelines.config import RecipeConfig
+from klong_jax.pipelines.config.commands import RecipeConfig
 from klong_jax.pipelines.rundir import open_run
 
 ROOT = Path(__file__).resolve().parents[2]

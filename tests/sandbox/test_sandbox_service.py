@@ -17,6 +17,7 @@ import aiohttp
 import pytest
 from sandbox_helpers import BACKENDS, Service, in_box, require, sleepers, unique_sleep, wait_until
 
+from sandbox.api import new_id
 from sandbox.client import (
     Sandbox,
     SandboxClient,
@@ -78,16 +79,58 @@ def test_a_sandbox_expires(service: Service) -> None:
 def test_a_creation_whose_caller_went_away_is_undone(service: Service) -> None:
     async def main() -> None:
         async with SandboxClient(service.url) as client:
-            before = len(list(service.state_dir.glob("*/*/sb-*")))
-            for pause in (0.0, 0.001, 0.01, 0.1):
+            # Before the request, while it is made, while the answer is on its way, after it.
+            for pause in (0.0, *(n * 0.0005 for n in range(30)), 0.1):
                 creation = asyncio.create_task(client.create())
                 await asyncio.sleep(pause)
                 if creation.done():
                     await creation.result().close()
                 creation.cancel()
-            await asyncio.sleep(0.5)
-            undone = lambda: len(list(service.state_dir.glob("*/*/sb-*"))) == before  # noqa: E731
-            assert await asyncio.to_thread(wait_until, undone)
+                with contextlib.suppress(asyncio.CancelledError):
+                    await creation
+            gone = lambda: not list(service.state_dir.glob("*/*/sb-*"))  # noqa: E731
+            assert await asyncio.to_thread(wait_until, gone)
+            assert await client.list() == []
+
+    asyncio.run(main())
+
+
+def test_creating_twice_under_one_id_gives_one_sandbox(service: Service) -> None:
+    async def main() -> None:
+        url = f"{service.url}/sandboxes/{new_id()}"
+        async with aiohttp.ClientSession() as session:
+            answers = []
+            for _ in range(2):
+                async with session.put(url) as answer:
+                    answers.append(await answer.json())
+            assert answers[0] == answers[1]
+            async with session.put(url, data='{"lifetime_s": 7}') as answer:
+                assert answer.status == 400
+                assert "choose another id" in (await answer.json())["error"]
+            await session.delete(url)
+
+    asyncio.run(main())
+
+
+def test_a_sandbox_closed_before_it_was_there_is_never_made(service: Service) -> None:
+    async def main() -> None:
+        url = f"{service.url}/sandboxes/{new_id()}"
+        async with aiohttp.ClientSession() as session:
+            await session.delete(url)
+            async with session.put(url) as answer:
+                assert answer.status == 410
+
+    asyncio.run(main())
+
+
+def test_an_id_that_could_leave_its_directory_is_refused(service: Service) -> None:
+    async def main() -> None:
+        async with (
+            aiohttp.ClientSession() as session,
+            session.put(f"{service.url}/sandboxes/sb-..%2F..%2Fetc") as answer,
+        ):
+            assert answer.status == 400
+            assert "id" in (await answer.json())["error"]
 
     asyncio.run(main())
 
@@ -107,7 +150,7 @@ def test_bad_specs_are_refused_in_one_sentence(service: Service, body: str, name
     async def main() -> None:
         async with (
             aiohttp.ClientSession() as session,
-            session.post(f"{service.url}/sandboxes", data=body) as answer,
+            session.put(f"{service.url}/sandboxes/{new_id()}", data=body) as answer,
         ):
             assert answer.status == 400
             error = (await answer.json())["error"]

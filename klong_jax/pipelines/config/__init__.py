@@ -1,0 +1,1 @@
+"""What Hydra composes from configs/, validated before anything runs."""

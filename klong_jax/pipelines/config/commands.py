@@ -1,0 +1,204 @@
+"""The settings of each command: what Hydra composes from configs/ must become one of these."""
+
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from klong_jax.core.errors import UserError
+from klong_jax.pipelines.config.acting import (
+    AgentSection,
+    ClockSection,
+    DistillSection,
+    EngineSection,
+    EvalSection,
+    QueueSection,
+    RunSection,
+    SandboxSection,
+    TasksSection,
+    TeacherSection,
+)
+from klong_jax.pipelines.config.section import Section
+from klong_jax.pipelines.config.training import (
+    DataSection,
+    DrillSection,
+    ModelSection,
+    RlSection,
+    SftSection,
+    SplittingSection,
+    TokenizerSection,
+    TokenizerTraining,
+)
+
+
+class ActingConfig(Section):
+    """Lets policies act: they attempt tasks in sandboxes, served by the engine."""
+
+    seed: int = Field(ge=0)
+    """Everything random follows from it."""
+    run: RunSection
+    clock: ClockSection
+    sandbox: SandboxSection
+    queue: QueueSection
+    agent: AgentSection
+    engine: EngineSection
+    splitting: SplittingSection
+
+
+class Reinforcing(ActingConfig):
+    """Lets a policy learn from what it does."""
+
+    rl: RlSection
+
+    @model_validator(mode="after")
+    def _needs_samples(self) -> Self:
+        if self.engine.temperature == 0:
+            raise UserError("engine.temperature=0: RL compares samples; set it above 0.")
+        return self
+
+
+class RecipeConfig(Reinforcing):
+    """The whole recipe on generated tasks: demonstrations, SFT, progressive RL, report."""
+
+    profile: Literal["smoke", "tiny"]
+    """smoke trains a policy worth looking at in minutes; tiny only shows that every part runs."""
+    tasks: TasksSection
+    teacher: TeacherSection
+    distill: DistillSection
+    tokenizer: TokenizerTraining
+    model: ModelSection
+    lookup_drills: DrillSection
+    component_drills: DrillSection
+    sft: SftSection
+    eval: EvalSection
+
+
+class FactoryConfig(Section):
+    """Generates Replicate tasks in PaperBench's layout."""
+
+    output: Path
+    """Folder to write the task folders into."""
+    count: int = Field(gt=0)
+    """How many tasks."""
+    components: tuple[int, ...] = Field(min_length=1)
+    """Their sizes in components, 4 to 256, taken in turn."""
+    seed: int = Field(ge=0)
+    """Everything random follows from it."""
+
+
+class DistillConfig(Section):
+    """Demonstrations of tasks by a teacher in real sandboxes, kept if judged well."""
+
+    tasks: Path
+    """Folder of task folders."""
+    output: Path
+    """JSONL file to write the demonstrations into."""
+    seed: int = Field(ge=0)
+    """Everything random follows from it."""
+    clock: ClockSection
+    sandbox: SandboxSection
+    agent: AgentSection
+    teacher: TeacherSection
+    distill: DistillSection
+
+
+class SplitConfig(Section):
+    """How recorded trajectories would be split into windows."""
+
+    data: DataSection
+    tokenizer: TokenizerSection
+    splitting: SplittingSection
+    output: Path | None
+    """JSON file to write the plan into."""
+
+
+class SftConfig(Section):
+    """Supervised fine-tuning on recorded trajectories."""
+
+    seed: int = Field(ge=0)
+    """Everything random follows from it."""
+    run: RunSection
+    data: DataSection
+    tokenizer: TokenizerSection
+    model: ModelSection
+    splitting: SplittingSection
+    sft: SftSection
+
+
+class RlConfig(Reinforcing):
+    """Progressive RL from a policy that `klong sft` or an earlier RL wrote."""
+
+    policy: Path
+    """Folder of the policy to start from, such as runs/ID/sft."""
+    tasks: Path
+    """Folder of task folders."""
+
+
+class EvalConfig(ActingConfig):
+    """Evaluation of a policy on tasks."""
+
+    policy: Path
+    """Folder of the policy, such as runs/ID/rl."""
+    tasks: Path
+    """Folder of task folders."""
+    eval: EvalSection
+
+
+class RubricConfig(Section):
+    """What a rubric asks for, and its score if it is graded."""
+
+    path: Path
+    """A rubric's JSON file, or a folder to search for them."""
+    output: Path | None
+    """JSON file to write the numbers into."""
+
+
+class ReportConfig(Section):
+    """The report of a run, drawn again."""
+
+    path: Path
+    """The run's folder, such as runs/ID."""
+
+
+class SandboxConfig(Section):
+    """The sandbox service."""
+
+    backend: Literal["local", "docker"]
+    """What sandboxes are made of."""
+    isolation: Literal["auto", "bubblewrap", "none"]
+    """Of the local backend; auto takes bubblewrap where it works."""
+    host: str
+    """Address to serve on; one that others can reach needs a token."""
+    port: int = Field(ge=0, le=65535)
+    """Port to serve on; 0 takes a free one."""
+    token_env: str | None
+    """Environment variable that holds the bearer token to ask for."""
+    state_dir: Path | None
+    """Where workspaces live; null is the temporary directory."""
+
+
+class DoctorConfig(Section):
+    """What this machine can do."""
+
+    root: Path
+    """Folder whose free space is measured."""
+    image: str
+    """Sandbox image that the docker backend takes."""
+    redis: str
+    """Redis server to look for."""
+
+
+CONFIGS: dict[str, type[Section]] = {
+    "recipe": RecipeConfig,
+    "factory": FactoryConfig,
+    "distill": DistillConfig,
+    "split": SplitConfig,
+    "sft": SftConfig,
+    "rl": RlConfig,
+    "eval": EvalConfig,
+    "rubric": RubricConfig,
+    "report": ReportConfig,
+    "sandbox": SandboxConfig,
+    "doctor": DoctorConfig,
+}
+"""The settings of each command; configs/COMMAND.yaml holds their defaults."""

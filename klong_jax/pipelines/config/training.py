@@ -1,0 +1,194 @@
+"""Settings of what learns: model, windows, optimiser, SFT and the stages of RL."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field, model_validator
+
+from klong_jax.core.errors import UserError
+from klong_jax.pipelines.config.section import Section
+from klong_jax.rl.stages import Stage, check_stages
+from klong_jax.splitting.policy import ContextPolicy
+
+if TYPE_CHECKING:
+    from klong_jax.training.optimizer import OptimizerConfig
+
+
+class ModelSection(Section):
+    """A Qwen3 decoder to be trained from scratch; the vocabulary is the tokenizer's."""
+
+    hidden_size: int = Field(gt=0)
+    """Width of the residual stream."""
+    num_layers: int = Field(gt=0)
+    """Decoder blocks."""
+    num_heads: int = Field(gt=0)
+    """Query heads."""
+    num_kv_heads: int = Field(gt=0)
+    """Key and value heads; divides num_heads."""
+    head_dim: int = Field(gt=0, multiple_of=2)
+    """Width of a head; even."""
+    intermediate_size: int = Field(gt=0)
+    """Width of the MLP."""
+    rope_theta: float = Field(gt=0)
+    """Base of the rotary frequencies."""
+    tie_embeddings: bool
+    """Whether output and input embeddings are one."""
+
+    @model_validator(mode="after")
+    def _heads(self) -> "ModelSection":
+        if self.num_heads % self.num_kv_heads:
+            raise UserError(
+                f"model: num_heads ({self.num_heads}) must be a multiple of num_kv_heads "
+                f"({self.num_kv_heads}); change one of them."
+            )
+        return self
+
+
+class SplittingSection(Section):
+    """The context policy, in tokens."""
+
+    context_limit: int
+    """Longest context the model may see, its output included."""
+    overlap: int
+    """Most history carried over when a new window starts."""
+    reserve: int
+    """Room kept for the next output: what the agent may generate in one turn."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> "SplittingSection":
+        self.policy()
+        return self
+
+    def policy(self) -> ContextPolicy:
+        """The policy with these numbers."""
+        return ContextPolicy(self.context_limit, self.overlap, self.reserve)
+
+
+class TokenizerTraining(Section):
+    """The tokenizer that is trained on the demonstrations."""
+
+    vocab_size: int = Field(gt=300)
+    """Largest vocabulary."""
+
+
+class TokenizerSection(Section):
+    """How text becomes tokens."""
+
+    path: Path | None
+    """A tokenizer.json, a .model or a model's folder; null takes the small bundled one."""
+
+
+class DataSection(Section):
+    """Recorded trajectories."""
+
+    path: Path
+    """A file or folder of trajectories, in any format klong reads."""
+    skip_bad: bool
+    """Pass over records that cannot be read instead of stopping at the first."""
+
+
+class OptimizerSection(Section):
+    """How parameters are updated."""
+
+    kind: Literal["muon", "adamw"]
+    """muon orthogonalises the updates of matrices and leaves the rest to AdamW."""
+    learning_rate: float = Field(gt=0)
+    """Peak learning rate; under muon that of the matrices."""
+    warmup_steps: int = Field(ge=0)
+    """Steps until the peak."""
+    weight_decay: float = Field(ge=0)
+    """Decoupled weight decay."""
+    clip_norm: float = Field(gt=0)
+    """Largest norm of the gradient."""
+
+    def config(self, total_steps: int) -> "OptimizerConfig":
+        """The optimiser's config; total_steps=0 keeps the rate constant after the warm-up."""
+        # Imported on use: commands that train nothing start without JAX.
+        from klong_jax.training.optimizer import OptimizerConfig
+
+        return OptimizerConfig(
+            kind=self.kind,
+            learning_rate=self.learning_rate,
+            warmup_steps=self.warmup_steps,
+            total_steps=total_steps,
+            weight_decay=self.weight_decay,
+            clip_norm=self.clip_norm,
+        )
+
+
+class DrillSection(Section):
+    """Short generated conversations."""
+
+    conversations: int = Field(ge=0)
+    """How many are generated; 0 leaves the phase out."""
+    steps: int = Field(ge=0)
+    """Optimiser steps on them."""
+    batch: int = Field(gt=0)
+    """Conversations a step."""
+    length: int = Field(gt=0)
+    """Tokens a conversation is padded to; longer ones are left out."""
+
+
+class SftSection(Section):
+    """Supervised fine-tuning on windows."""
+
+    steps: int = Field(gt=0)
+    """Optimiser steps on the windows of trajectories."""
+    batch: int = Field(gt=0)
+    """Windows a step."""
+    micro_batch: int = Field(gt=0)
+    """Windows a gradient call."""
+    remat: bool
+    """Recompute activations in the backward pass: less memory, a third more work."""
+    save_every: int = Field(gt=0)
+    """Steps between checkpoints."""
+    optimizer: OptimizerSection
+
+
+class StageSection(Section):
+    """One stage of progressive RL."""
+
+    timeout_s: float = Field(gt=0)
+    """Active seconds a rollout may take."""
+    max_steps: int = Field(gt=0)
+    """The stage ends after so many optimiser steps."""
+    min_steps: int = Field(gt=0)
+    """But not before so many."""
+    advance_score: float = Field(gt=0, le=1)
+    """Within them, the stage ends once a step's mean score reaches this."""
+
+
+class RlSection(Section):
+    """Progressive reinforcement learning."""
+
+    groups: int = Field(gt=0)
+    """Tasks a step."""
+    rollouts: int = Field(ge=2)
+    """Rollouts a task: the group that is compared."""
+    tokens_per_rollout: int = Field(gt=0)
+    """The loss's constant C: about how many tokens a rollout samples."""
+    micro_batch: int = Field(gt=0)
+    """Windows a gradient call."""
+    remat: bool
+    """Recompute activations in the backward pass: less memory, a third more work."""
+    clip: float = Field(gt=0)
+    """How far the probability ratio may move from 1."""
+    importance_cap: float = Field(gt=0)
+    """Largest weight for samples of a policy that differs from the trained one."""
+    kl_beta: float = Field(ge=0)
+    """Weight of the divergence from the policy RL starts from."""
+    optimizer: OptimizerSection
+    stages: tuple[StageSection, ...] = Field(min_length=1)
+    """The stages, shortest timeout first."""
+
+    @model_validator(mode="after")
+    def _progressive(self) -> "RlSection":
+        check_stages(self.timeline())
+        return self
+
+    def timeline(self) -> tuple[Stage, ...]:
+        """The stages."""
+        return tuple(
+            Stage(stage.timeout_s, stage.max_steps, stage.advance_score, stage.min_steps)
+            for stage in self.stages
+        )
