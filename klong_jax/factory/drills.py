@@ -16,7 +16,7 @@ def lookup_drill(seed: int) -> tuple[Message, ...]:
     rng = random.Random(f"lookup/{seed}")
     numbers = sample_paper(rng, constants=(1, 6), formulas=(1, 6)).numbers
     names = rng.sample(list(numbers), len(numbers))
-    asked = [rng.choice(names) for _ in range(rng.randint(4, 10))]
+    asked = [rng.choice(names) for _ in range(rng.randint(8, 16))]
     table = "\n".join(f"{name}={numbers[name]}" for name in names)
     return (
         Message("user", f"{table}\n{';'.join(asked)}"),

@@ -36,11 +36,14 @@ class Habits:
         seed: Chooses where it slips.
         mistake_rate: Share of components first written with a wrong digit.
         inspect_rate: Share of written files that it looks at before running them.
+        lapse_rate: Share of turns in which it talks instead of acting, or starts to work before it
+            has read everything. What the scaffold answers brings it back.
     """
 
     seed: int = 0
     mistake_rate: float = 0.0
     inspect_rate: float = 0.0
+    lapse_rate: float = 0.0
 
     def chance(self, *what: object) -> float:
         """A number in [0, 1) that the seed and `what` fix."""
@@ -49,9 +52,15 @@ class Habits:
 
 
 @dataclass(frozen=True)
-class _Call:
+class Call:
+    """A call of one tool."""
+
     name: str
     arguments: dict[str, Any]
+
+
+_REMARK = "I go on."
+_LOOK = Call("bash", {"command": "sh run.sh"})
 
 
 @dataclass(frozen=True)
@@ -82,47 +91,44 @@ class _Paper:
         )
 
 
-def decide(messages: Sequence[dict[str, Any]], habits: Habits) -> tuple[str, dict[str, Any]]:
-    """The expert's next call, from the visible messages alone.
+def decide(messages: Sequence[dict[str, Any]], habits: Habits) -> Call | str:
+    """The expert's next call, or a remark where it lapses, from the visible messages alone.
 
     Args:
         messages: A chat-completions conversation, or a window of one.
         habits: How it works.
-
-    Returns:
-        The tool's name and its arguments.
     """
-    call = _decide(messages, habits)
-    return call.name, call.arguments
-
-
-def _decide(messages: Sequence[dict[str, Any]], habits: Habits) -> _Call:
     task = next((m["content"] for m in messages if m["role"] == "user"), "")
     texts = [_answer(m) for m in messages]
     # Habits differ from paper to paper: what follows from the task's size alone could be learnt.
     paper = [text for text in texts if _SECTION.match(text)]
-    if (section := _unread(task, texts, messages)) is not None:
-        return _Call("read_paper", {"section": section})
     last = texts[-1] if texts else ""
+    unread = _unread(task, texts, messages)
+    # Never twice in a row: it listens.
+    listens = _lapsed(messages)
+    if not listens and habits.chance(task, paper, len(messages), "lapse") < habits.lapse_rate:
+        return _LOOK if unread and paper else _REMARK
+    if unread:
+        return Call("read_paper", {"section": unread})
     if "all done" in last.splitlines():
-        return _Call("end_task", {})
+        return Call("end_task", {})
     if wrote := _WROTE.match(last):
         if habits.chance(task, paper, wrote[1], len(messages), "inspect") < habits.inspect_rate:
-            return _Call("read_file", {"path": f"c{wrote[1]}.sh"})
-        return _Call("bash", {"command": f"sh run.sh {wrote[1]}"})
+            return Call("read_file", {"path": f"c{wrote[1]}.sh"})
+        return Call("bash", {"command": f"sh run.sh {wrote[1]}"})
     if coming := _NEXT.search(last):
         number, formula, constant = coming.groups()
         slip = 0
         # A first attempt may slip; the one after it never does.
-        tried = {arguments.get("path") for _, arguments in _calls(messages)}
+        tried = {call.arguments.get("path") for call in _calls(messages)}
         first = "mismatch" not in last.splitlines() and f"c{number}.sh" not in tried
         if first and habits.chance(task, paper, number, "slip") < habits.mistake_rate:
             slip = 1 + int(habits.chance(task, paper, number, "digit") * 9)
         content = _Paper.of(texts).component(formula, constant, slip)
-        return _Call("write_file", {"path": f"c{number}.sh", "content": content})
+        return Call("write_file", {"path": f"c{number}.sh", "content": content})
     if inspected := _inspected(messages):
-        return _Call("bash", {"command": f"sh run.sh {inspected}"})
-    return _Call("bash", {"command": "sh run.sh"})
+        return Call("bash", {"command": f"sh run.sh {inspected}"})
+    return _LOOK
 
 
 def _answer(message: dict[str, Any]) -> str:
@@ -133,46 +139,50 @@ def _answer(message: dict[str, Any]) -> str:
     return text.removeprefix("<tool_response>").removesuffix("</tool_response>").strip()
 
 
-def _unread(task: str, texts: Sequence[str], messages: Sequence[dict[str, Any]]) -> int | None:
-    """The first section to read; None once work has begun, even if the paper is out of sight."""
+def _unread(task: str, texts: Sequence[str], messages: Sequence[dict[str, Any]]) -> int:
+    """The first section to read; 0 once work has begun, even if the paper is out of sight."""
     sections = _SECTIONS.search(task)
-    works = any(name not in ("read_paper", "") for name, _ in _calls(messages))
-    if sections is None or works or _NEXT.search(texts[-1]) or _WROTE.match(texts[-1]):
-        return None
+    works = any(call != _LOOK and call.name != "read_paper" for call in _calls(messages))
+    if sections is None or works or any(_NEXT.search(t) or _WROTE.match(t) for t in texts):
+        return 0
     seen = {int(found[1]) for text in texts if (found := _SECTION.match(text))}
     unread = [n for n in range(1, int(sections[1]) + 1) if n not in seen]
-    return unread[0] if unread else None
+    return unread[0] if unread else 0
+
+
+def _lapsed(messages: Sequence[dict[str, Any]]) -> bool:
+    """Whether the last answer that is in sight was a lapse."""
+    answers = [m for m in messages if m["role"] == "assistant"]
+    if not answers:
+        return False
+    return not answers[-1].get("tool_calls") or "unread" in _answer(messages[-1])
 
 
 def _inspected(messages: Sequence[dict[str, Any]]) -> str:
     """The component whose file was just looked at, if that is still in sight."""
-    for name, arguments in reversed(_calls(messages[-2:])):
-        found = _COMPONENT.match(str(arguments.get("path", "")))
-        if name == "read_file" and found:
+    for call in reversed(_calls(messages[-2:])):
+        found = _COMPONENT.match(str(call.arguments.get("path", "")))
+        if call.name == "read_file" and found:
             return found[1]
     return ""
 
 
-def _calls(messages: Sequence[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
+def _calls(messages: Sequence[dict[str, Any]]) -> list[Call]:
     functions = [c["function"] for m in messages for c in m.get("tool_calls") or ()]
-    return [(f["name"], json.loads(f["arguments"])) for f in functions]
+    return [Call(f["name"], json.loads(f["arguments"])) for f in functions]
 
 
 @contextmanager
-def serve_expert(
-    *, seed: int = 0, mistake_rate: float = 0.0, inspect_rate: float = 0.0
-) -> Iterator[str]:
+def serve_expert(habits: Habits) -> Iterator[str]:
     """Serves the expert on a free local port, in a thread of its own.
 
     Args:
-        seed: Chooses where it slips.
-        mistake_rate: Share of components first written with a wrong digit.
-        inspect_rate: Share of written files looked at before they are run.
+        habits: How it works.
 
     Yields:
         The base URL, up to and including "/v1".
     """
-    application = _application(Habits(seed, mistake_rate, inspect_rate))
+    application = _application(habits)
     loop = asyncio.new_event_loop()
     runner = web.AppRunner(application, access_log=None)
 
@@ -197,8 +207,7 @@ def serve_expert(
 def _application(habits: Habits) -> web.Application:
     async def complete(request: web.Request) -> web.Response:
         body = await request.json()
-        name, arguments = decide(body["messages"], habits)
-        return web.json_response(_completion(body["messages"], name, arguments))
+        return web.json_response(_completion(body["messages"], decide(body["messages"], habits)))
 
     async def models(request: web.Request) -> web.Response:
         model = {"id": MODEL, "object": "model", "created": 0, "owned_by": "klong"}
@@ -210,22 +219,22 @@ def _application(habits: Habits) -> web.Application:
     return application
 
 
-def _completion(
-    messages: list[dict[str, Any]], name: str, arguments: dict[str, Any]
-) -> dict[str, Any]:
+def _completion(messages: list[dict[str, Any]], answer: Call | str) -> dict[str, Any]:
     """The wire form; usage is counted in words of four characters, as no tokenizer is about."""
-    spelled = json.dumps(arguments)
-    prompt = sum(len(str(message.get("content") or "")) for message in messages) // 4
-    completion = (len(name) + len(spelled)) // 4
-    function = {"name": name, "arguments": spelled}
-    call = {"id": f"call_{len(messages)}", "type": "function", "function": function}
-    message = {"role": "assistant", "content": None, "tool_calls": [call]}
+    message: dict[str, Any] = {"role": "assistant", "content": answer}
+    if isinstance(answer, Call):
+        function = {"name": answer.name, "arguments": json.dumps(answer.arguments)}
+        call = {"id": f"call_{len(messages)}", "type": "function", "function": function}
+        message = {"role": "assistant", "content": None, "tool_calls": [call]}
+    prompt = sum(len(str(m.get("content") or "")) for m in messages) // 4
+    completion = len(json.dumps(message)) // 4
+    finish = "tool_calls" if isinstance(answer, Call) else "stop"
     return {
         "id": f"chatcmpl-{len(messages)}",
         "object": "chat.completion",
         "created": 0,
         "model": MODEL,
-        "choices": [{"index": 0, "message": message, "finish_reason": "tool_calls"}],
+        "choices": [{"index": 0, "message": message, "finish_reason": finish}],
         "usage": {
             "prompt_tokens": prompt,
             "completion_tokens": completion,

@@ -11,11 +11,10 @@ from klong_jax.agent.tools import tool_schemas
 from klong_jax.core.errors import UserError
 from klong_jax.core.task import Budget, Task
 from klong_jax.factory.distill import DistillReport, Setup, distill
-from klong_jax.factory.expert import serve_expert
+from klong_jax.factory.expert import Habits, serve_expert
 from klong_jax.judge.executable import ExecutableJudge
 from klong_jax.judge.pool import JudgePool
 from klong_jax.llm.openai import OpenAIChat
-from klong_jax.pipelines.config.acting import TeacherSection
 from klong_jax.pipelines.config.commands import DistillConfig, RecipeConfig
 from klong_jax.pipelines.stage import stage
 from klong_jax.pipelines.world import clock_factory, open_sandboxes, sandbox_spec
@@ -47,7 +46,7 @@ async def demonstrate(
     section, teacher = config.distill, config.teacher
     async with AsyncExitStack() as stack:
         client = await stack.enter_async_context(open_sandboxes(config.sandbox))
-        url = stack.enter_context(_endpoint(teacher, config.seed))
+        url = stack.enter_context(_endpoint(config))
         model = OpenAIChat(
             url,
             teacher.model,
@@ -89,10 +88,9 @@ async def demonstrate(
 
 def _setup(config: DistillConfig | RecipeConfig, model: OpenAIChat, client: SandboxClient) -> Setup:
     teacher, agent = config.teacher, config.agent
-    habits = f"{teacher.mistake_rate}/{teacher.inspect_rate}/{config.seed}"
     return Setup(
         model=model,
-        model_name=teacher.model if teacher.url else f"{teacher.model}/{habits}",
+        model_name=teacher.model if teacher.url else repr(_habits(config)),
         client=client,
         spec=sandbox_spec(config.sandbox),
         judge=JudgePool(ExecutableJudge(client), agent.judges),
@@ -104,11 +102,14 @@ def _setup(config: DistillConfig | RecipeConfig, model: OpenAIChat, client: Sand
 
 
 @contextmanager
-def _endpoint(teacher: TeacherSection, seed: int) -> Iterator[str]:
-    if teacher.url:
-        yield teacher.url
+def _endpoint(config: DistillConfig | RecipeConfig) -> Iterator[str]:
+    if config.teacher.url:
+        yield config.teacher.url
         return
-    with serve_expert(
-        seed=seed, mistake_rate=teacher.mistake_rate, inspect_rate=teacher.inspect_rate
-    ) as url:
+    with serve_expert(_habits(config)) as url:
         yield url
+
+
+def _habits(config: DistillConfig | RecipeConfig) -> Habits:
+    teacher = config.teacher
+    return Habits(config.seed, teacher.mistake_rate, teacher.inspect_rate, teacher.lapse_rate)

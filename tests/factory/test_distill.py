@@ -11,7 +11,7 @@ from klong_jax.core.clock import VirtualClock
 from klong_jax.core.errors import UserError
 from klong_jax.core.task import Budget, Task
 from klong_jax.factory.distill import DistillReport, Setup, distill
-from klong_jax.factory.expert import MODEL, serve_expert
+from klong_jax.factory.expert import MODEL, Habits, serve_expert
 from klong_jax.factory.replicate import make_task
 from klong_jax.judge.executable import ExecutableJudge
 from klong_jax.judge.pool import JudgePool
@@ -72,7 +72,7 @@ def test_confirmed_attempts_are_written_and_a_second_run_takes_them_over(
     service: str, tmp_path: Path
 ) -> None:
     one, two = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
-    with serve_expert(mistake_rate=0.3, inspect_rate=0.3) as expert:
+    with serve_expert(Habits(mistake_rate=0.3, inspect_rate=0.3)) as expert:
         report = run(service, expert, one)
         (tmp_path / "one.jsonl.parts" / f"{TASKS[1].task_id}.json").unlink()
         again = run(service, expert, one)
@@ -91,7 +91,7 @@ def test_confirmed_attempts_are_written_and_a_second_run_takes_them_over(
 
 def test_what_the_judge_does_not_confirm_is_not_written(service: str, tmp_path: Path) -> None:
     out = tmp_path / "demos.jsonl"
-    with serve_expert() as expert:
+    with serve_expert(Habits()) as expert:
         report = run(service, expert, out, timeout_s=8.0)
         assert not report.kept
         assert set(report.rejected) == {task.task_id for task in TASKS}
@@ -111,5 +111,5 @@ def test_infrastructure_failures_are_reported_and_not_kept(service: str, tmp_pat
 
 def test_a_context_too_small_for_the_paper_names_the_task(service: str, tmp_path: Path) -> None:
     tight = ContextPolicy(limit=200, overlap=10, reserve=50)
-    with serve_expert() as expert, pytest.raises(UserError, match=TASKS[0].task_id):
+    with serve_expert(Habits()) as expert, pytest.raises(UserError, match=TASKS[0].task_id):
         run(service, expert, tmp_path / "demos.jsonl", tasks=TASKS[:1], policy=tight)

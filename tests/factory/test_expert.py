@@ -13,7 +13,7 @@ from klong_jax.core.evidence import collect_evidence
 from klong_jax.core.rollout import Judgement
 from klong_jax.core.task import Budget, Task
 from klong_jax.core.trajectory import Status
-from klong_jax.factory.expert import MODEL, serve_expert
+from klong_jax.factory.expert import MODEL, Habits, serve_expert
 from klong_jax.factory.replicate import make_task
 from klong_jax.judge.executable import ExecutableJudge
 from klong_jax.llm.openai import OpenAIChat
@@ -67,7 +67,7 @@ def service():
 
 def test_solves_a_task_through_many_windows(service: str) -> None:
     task = make_task(3, 12)
-    with serve_expert(mistake_rate=0.0, inspect_rate=0.3) as expert:
+    with serve_expert(Habits(inspect_rate=0.3)) as expert:
         result, judgement = solve(service, task, expert)
     trajectory = result.trajectory
     assert (trajectory.status, judgement.score) == (Status.DONE, 1.0), result.trouble
@@ -86,7 +86,7 @@ def test_solves_a_task_through_many_windows(service: str) -> None:
 
 def test_mistakes_are_mended_and_equal_seeds_are_equal_rollouts(service: str) -> None:
     task = make_task(5, 8)
-    with serve_expert(seed=1, mistake_rate=0.6, inspect_rate=0.5) as expert:
+    with serve_expert(Habits(seed=1, mistake_rate=0.6, inspect_rate=0.5)) as expert:
         first, judgement = solve(service, task, expert)
         again, _ = solve(service, task, expert)
     outputs = [m.content for m in first.trajectory.messages if m.role == "tool"]
@@ -96,13 +96,23 @@ def test_mistakes_are_mended_and_equal_seeds_are_equal_rollouts(service: str) ->
     assert first.trajectory.to_json() == again.trajectory.to_json()
 
 
+def test_lapses_are_answered_and_the_task_is_solved_all_the_same(service: str) -> None:
+    task = make_task(6, 8)
+    with serve_expert(Habits(seed=2, lapse_rate=0.3)) as expert:
+        result, judgement = solve(service, task, expert)
+    failures = result.trajectory.failures
+    assert judgement.score == 1.0
+    assert failures["no_tool_call"] > 0
+    assert failures["refused_before_reading"] > 0
+
+
 def test_without_the_paper_in_sight_it_cannot_know(service: str) -> None:
     task = make_task(3, 4)
     messages = [
         {"role": "user", "content": task.instructions},
         {"role": "user", "content": "<tool_response>\nnext 1;gain;alpha\n</tool_response>"},
     ]
-    with serve_expert() as expert:
+    with serve_expert(Habits()) as expert:
         answer = httpx.post(f"{expert}/chat/completions", json={"messages": messages}).json()
         assert httpx.get(f"{expert}/models").json()["data"][0]["id"] == MODEL
     call = answer["choices"][0]["message"]["tool_calls"][0]["function"]
@@ -113,7 +123,7 @@ def test_without_the_paper_in_sight_it_cannot_know(service: str) -> None:
 
 def test_a_timeout_keeps_partial_credit(service: str, tmp_path: Path) -> None:
     task = make_task(3, 12)
-    with serve_expert() as expert:
+    with serve_expert(Habits()) as expert:
         result, judgement = solve(service, task, expert, timeout_s=12.0)
     assert result.trajectory.status is Status.TIMEOUT
     assert judgement.score is not None

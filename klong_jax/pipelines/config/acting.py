@@ -113,6 +113,8 @@ class TeacherSection(Section):
     """Of the scripted expert: share of components first built wrong and then mended."""
     inspect_rate: float = Field(ge=0, le=1)
     """Of the scripted expert: share of components read again before they are run."""
+    lapse_rate: float = Field(ge=0, lt=1)
+    """Of the scripted expert: share of turns that talk instead of act, or act before reading."""
 
 
 class DistillSection(Section):
