@@ -100,7 +100,7 @@ def test_the_smoke_profile_learns(tmp_path: Path) -> None:
     }
     assert mean["sft"] >= 0.3
     assert mean["sft"] >= 5 * mean["base"]
-    assert mean["rl"] >= 5 * mean["base"]
+    assert mean["rl"] > mean["sft"]
     solved = [row for row in evals if row["score"] >= 0.99 and row["context_ratio"] >= 4]
     assert solved
     turns = [
