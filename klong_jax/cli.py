@@ -67,7 +67,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         # A run started with run.fresh=true tells its name: the same command would start another.
         again = f" with {interrupt}" if str(interrupt) else ""
         print(f"interrupted; run the same command again{again} to resume", file=sys.stderr)
-        sys.exit(130)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # What is done is on disk. Tearing the interpreter down while a program of the engine runs
+        # may never end.
+        os._exit(130)
 
 
 def overview() -> str:
