@@ -43,7 +43,7 @@ class Gate:
 def gated(test: Callable[[Gate, JudgePool], Coroutine[Any, Any, None]], workers: int) -> None:
     async def run() -> None:
         gate, app = Gate(), web.Application()
-        app.router.add_post("/sandboxes", gate.create)
+        app.router.add_put("/sandboxes/{id}", gate.create)
         runner = web.AppRunner(app)
         await runner.setup()
         site = web.TCPSite(runner, "127.0.0.1", 0)
