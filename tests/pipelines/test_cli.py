@@ -156,7 +156,14 @@ def test_interrupt_says_how_to_resume(tmp_path: Path) -> None:
     pipe = tmp_path / "rubric.json"
     os.mkfifo(pipe)
     program = [sys.executable, "-m", "klong_jax.cli", "rubric", f"path={pipe}"]
-    klong = subprocess.Popen(program, stderr=subprocess.PIPE, text=True, env=environment())
+    klong = subprocess.Popen(
+        program,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+        # Tests that a shell runs in the background are deaf to SIGINT, and so were their children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
     # Opening the pipe returns once the command reads from it.
     with pipe.open("w"):
         klong.send_signal(signal.SIGINT)
