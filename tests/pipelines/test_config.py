@@ -78,6 +78,7 @@ def test_values_become_what_the_pipelines_use() -> None:
         (["seed=-1"], "seed=-1"),
         (["+splitting.limit=3"], "splitting.limit is no setting"),
         (["model.num_heads=3"], "multiple of num_kv_heads"),
+        (["sft.steps=20"], "warmup_steps"),
         (["model.head_dim=15"], "model.head_dim=15"),
         (["rl.rollouts=1"], "rl.rollouts=1"),
         (["rl.stages=[]"], "rl.stages=[]"),

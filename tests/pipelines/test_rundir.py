@@ -40,7 +40,7 @@ def test_the_same_settings_resume_and_changed_ones_do_not_mix(tmp_path: Path) ->
     assert first.startswith("recipe-smoke-seed0-")
     assert name(recipe(tmp_path)) == first
     assert name(recipe(tmp_path, "seed=1")).startswith("recipe-smoke-seed1-")
-    assert name(recipe(tmp_path, "sft.steps=5")) != first
+    assert name(recipe(tmp_path, "sft.steps=50")) != first
     assert name(recipe(tmp_path / "elsewhere")) == first, "where a run lives is not what it is"
 
 
@@ -54,7 +54,7 @@ def test_fresh_takes_the_next_suffix(tmp_path: Path) -> None:
 def test_a_named_run_keeps_its_settings(tmp_path: Path) -> None:
     assert name(recipe(tmp_path, "run.id=mine")) == "mine"
     with pytest.raises(UserError, match=r"mine: holds a run of other settings \(seed, sft\)"):
-        name(recipe(tmp_path, "run.id=mine", "seed=1", "sft.steps=5"))
+        name(recipe(tmp_path, "run.id=mine", "seed=1", "sft.steps=50"))
     assert read_json(tmp_path / "mine" / "config.json")["seed"] == 0
 
 

@@ -144,6 +144,15 @@ class SftSection(Section):
     """Steps between checkpoints."""
     optimizer: OptimizerSection
 
+    @model_validator(mode="after")
+    def _warms_up(self) -> "SftSection":
+        if self.optimizer.warmup_steps >= self.steps:
+            raise UserError(
+                f"sft.optimizer.warmup_steps={self.optimizer.warmup_steps}: leaves nothing of "
+                f"sft.steps={self.steps}; make it smaller."
+            )
+        return self
+
 
 class StageSection(Section):
     """One stage of progressive RL."""
