@@ -123,7 +123,7 @@ class Registry:
         return await self._work(entry, entry.box.exec(request))
 
     async def close(self, sandbox_id: str) -> None:
-        """Removes a sandbox; one that does not exist is no error, and never will exist."""
+        """Removes a sandbox; closing one that is not there, or not yet, forbids its id."""
         if sandbox_id not in self._entries:
             self._forbidden[sandbox_id] = None
             while len(self._forbidden) > _MAX_FORBIDDEN:
