@@ -1,0 +1,110 @@
+"""Sharded equals unsharded: whatever the mesh, a step has the same loss and gradients.
+
+Devices are simulated on the CPU, in processes of their own because their number is fixed at start.
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+WORKER = Path(__file__).with_name("sharding_worker.py")
+TOLERANCE = 1e-5
+
+CASES: list[tuple[str, dict[str, int]]] = [
+    ("dense", {"fsdp": 8}),
+    ("dense", {"data": 2, "fsdp": 4}),
+    ("dense", {"fsdp": 4, "tensor": 2}),
+    ("dense", {"context": 4, "fsdp": 2}),
+    ("dense", {"data": 2, "fsdp": 2, "tensor": 2}),
+    ("dense", {"data": 2, "context": 2, "tensor": 2}),
+    ("mixture", {"fsdp": 8}),
+    ("mixture", {"expert": 4, "fsdp": 2}),
+    ("mixture", {"context": 4, "fsdp": 2}),
+    ("mixture", {"expert": 2, "context": 2, "tensor": 2}),
+]
+
+
+def work(asked: dict[str, Any], processes: int = 1) -> list[list[dict[str, Any]]]:
+    """What each process prints."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    running = []
+    for index in range(processes):
+        environment = os.environ | {
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} "
+            f"--xla_force_host_platform_device_count={8 // processes}",
+        }
+        if processes > 1:
+            environment |= {
+                "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+                "JAX_NUM_PROCESSES": str(processes),
+                "JAX_PROCESS_ID": str(index),
+            }
+        command = [sys.executable, str(WORKER), json.dumps(asked)]
+        running.append(
+            subprocess.Popen(
+                command,
+                env=environment,
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+            )
+        )
+    printed = []
+    for process in running:
+        out, err = process.communicate()
+        assert process.returncode == 0, err[-3000:]
+        printed.append([json.loads(line) for line in out.splitlines() if line.startswith("{")])
+    return printed
+
+
+def show(rows: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]) -> None:
+    """Prints the table, whether or not the test passes; `off` is relative to a tensor's largest."""
+    with capsys.disabled():
+        print(f"\n{'model':8} {'mesh':32} {'processes':>9} {'loss':>10} {'alone':>10} {'off':>8}")
+        for row in rows:
+            print(
+                f"{row['model']:8} {row['mesh']:32} {row['processes']:9} {row['loss']:10.5f} "
+                f"{row['alone']:10.5f} {row['off']:8.1e}"
+            )
+
+
+@pytest.mark.slow
+def test_every_mesh_gives_the_loss_and_gradients_of_one_device(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (rows,) = work({"cases": CASES})
+    show(rows, capsys)
+    assert len(rows) == len(CASES)
+    for row in rows:
+        assert row["loss"] == pytest.approx(row["alone"], rel=TOLERANCE), row["mesh"]
+        assert row["off"] < TOLERANCE, row["mesh"]
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one_and_each_restores_the_others_checkpoint(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mesh = {"fsdp": 4, "context": 2}
+    cases = [("mixture", mesh)]
+    folder = str(tmp_path / "checkpoints")
+    first, second = work({"cases": cases, "save": [folder, mesh]}, processes=2)
+    ((one, restored),) = work({"cases": cases, "restore": [folder, {"expert": 4, "tensor": 2}]})
+    show([first[0], one], capsys)
+    # Nothing depends on the process: both print the same.
+    assert first == second
+    assert first[0]["processes"] == 2
+    assert first[0]["loss"] == pytest.approx(one["loss"], rel=TOLERANCE)
+    assert first[0]["norms"] == pytest.approx(one["norms"], rel=TOLERANCE)
+    assert first[0]["off"] < TOLERANCE
+    assert restored["digest"] == first[1]["digest"]
+    assert restored["position"] == 7
+    assert restored["in_place"]
