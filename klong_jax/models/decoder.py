@@ -1,10 +1,11 @@
 """The decoder: one set of blocks for training, prefill and decoding.
 
-Blocks are stacked along a leading layer axis and scanned, so that compile time does not grow with
-depth. `apply` runs over whole windows; `extend` appends tokens to a key-value cache whose rows are
-at different lengths.
+Blocks of a kind are stacked along a leading layer axis and scanned, so that compile time does not
+grow with depth: leading dense layers are one stack, those with experts another. `apply` runs over
+whole windows; `extend` appends tokens to a key-value cache whose rows are at different lengths.
 """
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -12,117 +13,84 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from klong_jax.kernels.attention import causal_attention, masked_attention
-from klong_jax.models.config import DecoderConfig
+from klong_jax.kernels.attention import attention, cached_attention
+from klong_jax.models.block import Block, Load
+from klong_jax.models.config import DecoderConfig, DTypes, Remat
+from klong_jax.models.experts import Counted
+from klong_jax.models.layers import INIT, norm, stacked
+from klong_jax.models.remat import rematerialised
+from klong_jax.parallel.rules import constrain
 
 Params = Any
 Cache = tuple[Float[Array, "l b s k d"], Float[Array, "l b s k d"]]
+Loads = Int[Array, "l e"] | None
+"""Counted tokens of each expert in each layer that has experts; None without experts."""
 
-_INIT_STD = 0.02
-
-
-class Block(nnx.Module):
-    """Attention and MLP of one layer, each on a normalised residual stream."""
-
-    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs) -> None:
-        self.config = config
-        width, heads = config.hidden_size, config.num_heads * config.head_dim
-        kv_heads = config.num_kv_heads * config.head_dim
-
-        def linear(n_in: int, n_out: int) -> nnx.Linear:
-            init = nnx.initializers.normal(_INIT_STD)
-            return nnx.Linear(n_in, n_out, use_bias=False, kernel_init=init, rngs=rngs)
-
-        def norm(size: int) -> nnx.RMSNorm:
-            return nnx.RMSNorm(size, epsilon=config.norm_eps, rngs=rngs)
-
-        self.attention_norm, self.mlp_norm = norm(width), norm(width)
-        self.query, self.key = linear(width, heads), linear(width, kv_heads)
-        self.value, self.output = linear(width, kv_heads), linear(heads, width)
-        if config.qk_norm:
-            self.query_norm, self.key_norm = norm(config.head_dim), norm(config.head_dim)
-        self.gate, self.up = (
-            linear(width, config.intermediate_size),
-            linear(width, config.intermediate_size),
-        )
-        self.down = linear(config.intermediate_size, width)
-
-    def project(
-        self, hidden: Float[Array, "b t w"], positions: Int[Array, "b t"]
-    ) -> tuple[
-        Float[Array, "b t h d"],
-        Float[Array, "b t k d"],
-        Float[Array, "b t k d"],
-    ]:
-        """Queries, keys and values of the normalised stream, rotated to their positions."""
-        config = self.config
-        batch, length, _ = hidden.shape
-        # Matrices of tokens, not batches of them: XLA's CPU backend is three times faster so.
-        normed = self.attention_norm(hidden).reshape(batch * length, -1)
-        query = self.query(normed).reshape(batch, length, config.num_heads, config.head_dim)
-        key = self.key(normed).reshape(batch, length, config.num_kv_heads, config.head_dim)
-        value = self.value(normed).reshape(batch, length, config.num_kv_heads, config.head_dim)
-        if config.qk_norm:
-            query, key = self.query_norm(query), self.key_norm(key)
-        return rotate(query, positions, config), rotate(key, positions, config), value
-
-    def finish(
-        self, hidden: Float[Array, "b t w"], attended: Float[Array, "b t h d"]
-    ) -> Float[Array, "b t w"]:
-        """Adds the attention's output and the MLP's to the stream."""
-        shape = hidden.shape
-        tokens = hidden.reshape(-1, shape[-1])
-        tokens = tokens + self.output(attended.reshape(tokens.shape[0], -1))
-        normed = self.mlp_norm(tokens)
-        return (tokens + self.down(jax.nn.silu(self.gate(normed)) * self.up(normed))).reshape(shape)
+FLOAT32 = DTypes()
 
 
 class Decoder(nnx.Module):
     """Embedding, stacked blocks, final norm and output embedding."""
 
-    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs) -> None:
-        self.config = config
-        init = nnx.initializers.normal(_INIT_STD)
+    def __init__(self, config: DecoderConfig, dtypes: DTypes = FLOAT32, *, rngs: nnx.Rngs) -> None:
+        self.config, self.dtypes = config, dtypes
         shape = (config.vocab_size, config.hidden_size)
-        self.embedding = nnx.Param(init(rngs.params(), shape))
+        self.embedding = nnx.Param(INIT(rngs.params(), shape, dtypes.params))
         if not config.tie_embeddings:
-            self.unembedding = nnx.Param(init(rngs.params(), shape))
+            self.unembedding = nnx.Param(INIT(rngs.params(), shape, dtypes.params))
 
-        @nnx.split_rngs(splits=config.num_layers)
-        @nnx.vmap(in_axes=0, out_axes=0)
-        def stack(rngs: nnx.Rngs) -> Block:
-            return Block(config, rngs=rngs)
+        def blocks(dense: bool) -> Callable[[nnx.Rngs], Block]:
+            return lambda rngs: Block(config, dtypes, dense=dense, rngs=rngs)
 
-        self.blocks = stack(rngs)
-        self.norm = nnx.RMSNorm(config.hidden_size, epsilon=config.norm_eps, rngs=rngs)
+        if config.moe is None:
+            self.blocks = stacked(blocks(True), config.num_layers, rngs)
+        else:
+            leading = config.moe.dense_layers
+            if leading:
+                self.dense_blocks = stacked(blocks(True), leading, rngs)
+            self.blocks = stacked(blocks(False), config.num_layers - leading, rngs)
+        self.norm = norm(config.hidden_size, config.norm_eps, dtypes, rngs)
 
     @property
     def output_embedding(self) -> Float[Array, "v w"]:
-        """What hidden states are compared with to give logits."""
+        """What hidden states are compared with to give logits, in the compute dtype."""
         chosen = self.embedding if self.config.tie_embeddings else self.unembedding
-        return chosen[...]
+        return chosen[...].astype(self.dtypes.compute)
 
-    def apply(self, tokens: Int[Array, "b t"], *, remat: bool = True) -> Float[Array, "b t w"]:
+    def apply(self, tokens: Int[Array, "b t"], *, remat: Remat = "full") -> Float[Array, "b t w"]:
         """Final hidden states of whole windows, causal, positions from 0.
 
         Padding at the end needs no mask: nothing before it looks at it.
 
         Args:
             tokens: Token ids.
-            remat: Recompute each layer's activations in the backward pass.
+            remat: What each layer keeps for the backward pass.
         """
-        length = tokens.shape[1]
-        positions = jnp.broadcast_to(jnp.arange(length), tokens.shape)
-        graph, layers = nnx.split(self.blocks)
+        return self.apply_with_loads(tokens, remat=remat)[0]
 
-        def layer(hidden: Float[Array, "b t w"], state: Params) -> tuple[Array, None]:
-            block = nnx.merge(graph, state)
-            query, key, value = block.project(hidden, positions)
-            return block.finish(hidden, causal_attention(query, key, value)), None
+    def apply_with_loads(
+        self, tokens: Int[Array, "b t"], *, remat: Remat = "full", counted: Counted = None
+    ) -> tuple[Float[Array, "b t w"], Loads]:
+        """What `apply` gives, and how many tokens each expert of each layer was given.
 
-        step = jax.checkpoint(layer) if remat else layer
-        hidden, _ = jax.lax.scan(step, self.embedding[...][tokens], layers)
-        return self.norm(hidden)
+        Args:
+            tokens: Token ids.
+            remat: What each layer keeps for the backward pass.
+            counted: Which tokens the load counts; all if None.
+        """
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        hidden, loads = self._embed(tokens), None
+        for graph, layers, _ in self._stacks():
+
+            def layer(
+                hidden: Float[Array, "b t w"], state: Params, graph: Any = graph
+            ) -> tuple[Array, Load]:
+                block = nnx.merge(graph, state)
+                attended = attention(*block.project(hidden, positions))
+                return block.finish(hidden, attended, counted)
+
+            hidden, loads = jax.lax.scan(rematerialised(layer, remat), hidden, layers)
+        return self.norm(hidden), loads
 
     def extend(
         self, tokens: Int[Array, "b t"], positions: Int[Array, "b t"], cache: Cache
@@ -139,45 +107,56 @@ class Decoder(nnx.Module):
             Hidden states (meaningless at dropped positions) and the extended cache.
         """
         rows = jnp.arange(tokens.shape[0])[:, None]
-        mask = jnp.arange(cache[0].shape[2])[None, None, :] <= positions[:, :, None]
-        graph, layers = nnx.split(self.blocks)
+        carry = self._embed(tokens), cache
+        for graph, layers, numbers in self._stacks():
 
-        def layer(
-            carry: tuple[Array, Cache], numbered: tuple[Array, Params]
-        ) -> tuple[tuple[Array, Cache], None]:
-            hidden, (keys, values) = carry
-            index, state = numbered
-            block = nnx.merge(graph, state)
-            query, key, value = block.project(hidden, positions)
-            keys = keys.at[index, rows, positions].set(key, mode="drop")
-            values = values.at[index, rows, positions].set(value, mode="drop")
-            attended = masked_attention(query, keys[index], values[index], mask)
-            return (block.finish(hidden, attended), (keys, values)), None
+            def layer(
+                carry: tuple[Array, Cache], numbered: tuple[Array, Params], graph: Any = graph
+            ) -> tuple[tuple[Array, Cache], None]:
+                hidden, (keys, values) = carry
+                index, state = numbered
+                block = nnx.merge(graph, state)
+                query, key, value = block.project(hidden, positions)
+                keys = keys.at[index, rows, positions].set(key, mode="drop")
+                values = values.at[index, rows, positions].set(value, mode="drop")
+                attended = cached_attention(query, keys[index], values[index], positions)
+                return (block.finish(hidden, attended)[0], (keys, values)), None
 
-        numbered = (jnp.arange(self.config.num_layers), layers)
-        (hidden, cache), _ = jax.lax.scan(layer, (self.embedding[...][tokens], cache), numbered)
+            carry, _ = jax.lax.scan(layer, carry, (jnp.asarray(numbers), layers))
+        hidden, cache = carry
         return self.norm(hidden), cache
 
+    def _embed(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t w"]:
+        # Whole rows are looked up: XLA would replicate what is taken from a width that is cut.
+        table = constrain(self.embedding[...].astype(self.dtypes.compute), "vocab", "embed")
+        return constrain(table[tokens], "batch", "length", "embed")
 
-def empty_cache(config: DecoderConfig, rows: int, length: int) -> Cache:
+    def _stacks(self) -> Iterator[tuple[Any, Params, range]]:
+        """Graph, parameters and layer numbers of each stack of blocks."""
+        if hasattr(self, "dense_blocks"):
+            yield *nnx.split(self.dense_blocks), range(self.config.dense_layers)
+        first = self.config.dense_layers if self.config.moe else 0
+        yield *nnx.split(self.blocks), range(first, self.config.num_layers)
+
+
+def empty_cache(config: DecoderConfig, rows: int, length: int, dtypes: DTypes = FLOAT32) -> Cache:
     """A cache of zeros for `rows` sequences of up to `length` tokens."""
     shape = (config.num_layers, rows, length, config.num_kv_heads, config.head_dim)
-    return jnp.zeros(shape), jnp.zeros(shape)
+    return jnp.zeros(shape, dtypes.compute), jnp.zeros(shape, dtypes.compute)
 
 
-def rotate(
-    x: Float[Array, "b t n d"], positions: Int[Array, "b t"], config: DecoderConfig
-) -> Float[Array, "b t n d"]:
-    """Rotary embedding, the two halves of a head rotated against each other (Su et al. 2021)."""
-    half = config.head_dim // 2
-    frequencies = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angles = positions[..., None, None].astype(jnp.float32) * frequencies
-    cos, sin = jnp.cos(angles).astype(x.dtype), jnp.sin(angles).astype(x.dtype)
-    first, second = x[..., :half], x[..., half:]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-
-
-def build(config: DecoderConfig, seed: int) -> tuple[nnx.GraphDef[Decoder], Params]:
+def build(
+    config: DecoderConfig, seed: int, dtypes: DTypes = FLOAT32
+) -> tuple[nnx.GraphDef[Decoder], Params]:
     """A randomly initialised decoder, split into its graph and its parameters."""
-    graph, params = nnx.split(Decoder(config, rngs=nnx.Rngs(params=seed)))
+    graph, params = nnx.split(Decoder(config, dtypes, rngs=nnx.Rngs(params=seed)))
+    return graph, params
+
+
+def abstract(
+    config: DecoderConfig, dtypes: DTypes = FLOAT32
+) -> tuple[nnx.GraphDef[Decoder], Params]:
+    """The graph, and the parameters' shapes and dtypes in their place: takes no memory."""
+    shapes = nnx.eval_shape(lambda: Decoder(config, dtypes, rngs=nnx.Rngs(params=0)))
+    graph, params = nnx.split(shapes)
     return graph, params

@@ -1,0 +1,57 @@
+"""How many operations a decoder takes, counted from its numbers.
+
+Counted, not measured: compilers cannot look into hand-written kernels. A multiplication with an
+addition is two operations. Attention is counted causally: only pairs of a query and a key that it
+sees. Norms, rotations and softmaxes are left out.
+"""
+
+from klong_jax.models.config import DecoderConfig
+
+
+def parameters(config: DecoderConfig) -> int:
+    """All parameters of matrices and embeddings."""
+    tied = 1 if config.tie_embeddings else 2
+    return layer_matrices(config, active=False) + tied * config.vocab_size * config.hidden_size
+
+
+def layer_matrices(config: DecoderConfig, *, active: bool) -> int:
+    """Parameters of the layers' matrices; if `active`, only those that one token meets."""
+    width, head = config.hidden_size, config.head_dim
+    attention = 2 * width * head * (config.num_heads + config.num_kv_heads)
+    dense = 3 * width * config.intermediate_size
+    total = config.num_layers * attention + config.dense_layers * dense
+    if moe := config.moe:
+        experts = moe.top_k if active else moe.num_experts
+        mixture = width * (moe.num_experts + 3 * (experts * moe.expert_size + moe.shared_size))
+        total += (config.num_layers - config.dense_layers) * mixture
+    return total
+
+
+def forward_flops(config: DecoderConfig, rows: int, new: int, cached: int, predicted: int) -> float:
+    """Operations of one forward pass.
+
+    Args:
+        config: The decoder.
+        rows: Sequences.
+        new: Tokens of each that are computed.
+        cached: Tokens of each that stand before them, whose keys and values are known.
+        predicted: Tokens of each whose logits are computed.
+    """
+    pairs = new * cached + new * (new + 1) / 2
+    attention = 4 * config.num_layers * config.num_heads * config.head_dim * pairs
+    matrices = 2 * new * layer_matrices(config, active=True)
+    logits = 2 * predicted * config.vocab_size * config.hidden_size
+    return float(rows * (attention + matrices + logits))
+
+
+def stream_bytes(config: DecoderConfig, itemsize: int) -> int:
+    """Bytes that one token's matrix products read and write in all layers, at least."""
+    width, head = config.hidden_size, config.head_dim
+    heads, kv_heads = config.num_heads * head, config.num_kv_heads * head
+    attention = (3 * width + heads + 2 * kv_heads) + (heads + width)
+    dense = 3 * (width + config.intermediate_size)
+    total = config.num_layers * attention + config.dense_layers * dense
+    if moe := config.moe:
+        routed = 3 * moe.top_k * (width + moe.expert_size) + 3 * (width + moe.shared_size)
+        total += (config.num_layers - config.dense_layers) * routed
+    return total * itemsize

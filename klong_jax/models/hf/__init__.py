@@ -1,0 +1,1 @@
+"""Hugging Face directories: read straight onto a mesh, written so that transformers loads them."""
