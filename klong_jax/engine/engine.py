@@ -7,7 +7,9 @@ rest is computed.
 
 import asyncio
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import jax
@@ -16,11 +18,15 @@ import numpy as np
 from flax import nnx
 
 from klong_jax.core.errors import UserError
-from klong_jax.engine.programs import Rows, compile_programs
+from klong_jax.engine.programs import CACHE_DIMENSIONS, Rows, compile_programs
 from klong_jax.llm.base import Completion, ContextLengthExceeded, Prompt
-from klong_jax.models.config import DecoderConfig
-from klong_jax.models.decoder import Decoder, Params, empty_cache
+from klong_jax.models.config import DecoderConfig, DTypes
+from klong_jax.models.decoder import FLOAT32, Cache, Decoder, Params, empty_cache
+from klong_jax.parallel.rules import active_rules, constrain, param_shardings, rounded_up
 from klong_jax.text.chat import Chat
+
+Scope = Callable[[], AbstractContextManager[object]]
+"""Opens what programs are traced and run under: a mesh with its rules, kernels."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +87,8 @@ class Engine:
         model: DecoderConfig,
         chat: Chat,
         config: EngineConfig,
+        dtypes: DTypes = FLOAT32,
+        scope: Scope = nullcontext,
     ) -> None:
         self.config = config
         self.chat = chat
@@ -94,7 +102,11 @@ class Engine:
         self._params: Params = None
         self._version = 0
         self._cached: list[list[int]] = [[] for _ in range(config.slots)]
-        self._cache = empty_cache(model, config.slots, config.context_limit)
+        self._scope = scope
+        with scope():
+            # Rows beyond the slots stay idle.
+            self._rows = rounded_up(config.slots, "batch")
+            self._cache = _placed_cache(model, self._rows, config.context_limit, dtypes)
         self._jobs: dict[int, _Job] = {}
         self._queue: list[_Job] = []
         self._wake = asyncio.Event()
@@ -111,6 +123,10 @@ class Engine:
         """
         if self._jobs or self._queue:
             raise RuntimeError("the policy cannot change while turns are under way")
+        with self._scope():
+            mesh = jax.sharding.get_mesh()
+            if not mesh.empty:
+                params = jax.device_put(params, param_shardings(params, mesh, active_rules()))
         self._params, self._version = params, version
         self._cached = [[] for _ in range(self.config.slots)]
 
@@ -184,15 +200,17 @@ class Engine:
         self._queue.clear()
 
     def _tick(self) -> None:
-        if any(job.pending for job in self._jobs.values()):
-            self._prefill_once()
-        if any(not job.pending for job in self._jobs.values()):
-            self._sample_once()
+        # In a thread of its own, which knows nothing of what the others work under.
+        with self._scope():
+            if any(job.pending for job in self._jobs.values()):
+                self._prefill_once()
+            if any(not job.pending for job in self._jobs.values()):
+                self._sample_once()
 
     def _prefill_once(self) -> None:
         width = self.config.prefill_chunk
-        tokens = np.zeros((self.config.slots, width), np.int32)
-        positions = np.full((self.config.slots, width), self.config.context_limit, np.int32)
+        tokens = np.zeros((self._rows, width), np.int32)
+        positions = np.full((self._rows, width), self.config.context_limit, np.int32)
         for slot, job in self._jobs.items():
             piece, job.pending = job.pending[:width], job.pending[width:]
             start = len(self._cached[slot])
@@ -204,9 +222,8 @@ class Engine:
         )
 
     def _sample_once(self) -> None:
-        slots = self.config.slots
-        token, position, left, drawn = (np.zeros(slots, np.int32) for _ in range(4))
-        key = np.zeros((slots, 2), np.uint32)
+        token, position, left, drawn = (np.zeros(self._rows, np.int32) for _ in range(4))
+        key = np.zeros((self._rows, 2), np.uint32)
         ready = {slot: job for slot, job in self._jobs.items() if not job.pending}
         for slot, job in ready.items():
             said = job.tokens[-1] if job.tokens else job.prompt[-1]
@@ -240,6 +257,16 @@ class Engine:
                         job.admitted - job.submitted,
                     )
                 )
+
+
+def _placed_cache(model: DecoderConfig, rows: int, length: int, dtypes: DTypes) -> Cache:
+    @jax.jit
+    def make() -> Cache:
+        keys, values = empty_cache(model, rows, length, dtypes)
+        return constrain(keys, *CACHE_DIMENSIONS), constrain(values, *CACHE_DIMENSIONS)
+
+    cache: Cache = make()
+    return cache
 
 
 class Seat:

@@ -16,6 +16,9 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from klong_jax.models.decoder import Cache, Decoder, Params
 
+CACHE_DIMENSIONS = (None, "batch", "cache_length", "kv_heads", None)
+"""Names of a cache's dimensions, which say where it lives."""
+
 
 @partial(
     jax.tree_util.register_dataclass,
@@ -78,7 +81,9 @@ def compile_programs(
             nowhere = cache[0].shape[2]
             position = jnp.where(active, rows.position, nowhere)[:, None]
             hidden, cache = decoder.extend(rows.token[:, None], position, cache)
-            logits = (hidden[:, 0] @ decoder.output_embedding.T).astype(jnp.float32)
+            logits = jnp.matmul(
+                hidden[:, 0], decoder.output_embedding.T, preferred_element_type=jnp.float32
+            )
             if temperature > 0:
                 logits = logits / temperature
                 keys = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(rows.key), rows.drawn)

@@ -8,9 +8,11 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from klong_jax.kernels.linear_cross_entropy import token_logprobs
-from klong_jax.models.decoder import Decoder, Params
+from klong_jax.models.config import Remat
+from klong_jax.models.decoder import Decoder, Loads, Params
+from klong_jax.models.routing import EXPERT_LOADS
 from klong_jax.training.accumulate import LossFn
-from klong_jax.training.batches import WindowBatch
+from klong_jax.training.batches import WindowBatch, real_tokens
 
 
 @dataclass(frozen=True)
@@ -37,21 +39,25 @@ def window_logprobs(
     batch: WindowBatch,
     *,
     temperature: float,
-    remat: bool,
-) -> tuple[Float[Array, "b s"], Float[Array, "b s"]]:
-    """Log-probability of each token after the first, and entropy of each prediction.
+    remat: Remat,
+) -> tuple[Float[Array, "b s"], Float[Array, "b s"], Loads]:
+    """Log-probability of each token after the first, entropy of each prediction, experts' loads.
 
-    Both are those of the policy that samples with the given temperature.
+    The first two are those of the policy that samples with the given temperature.
     """
     decoder = nnx.merge(graph, params)
-    # The whole row goes through the decoder: an even length keeps the matrices aligned.
-    hidden = decoder.apply(jnp.asarray(batch.tokens), remat=remat)[:, :-1]
-    return token_logprobs(
-        hidden / temperature, decoder.output_embedding, jnp.asarray(batch.tokens)[:, 1:]
+    tokens = jnp.asarray(batch.tokens)
+    # Whole rows throughout, the last prediction cut off: lengths stay even and divisible.
+    hidden, loads = decoder.apply_with_loads(
+        tokens, remat=remat, counted=real_tokens(jnp.asarray(batch.trained))
     )
+    logprobs, entropy = token_logprobs(
+        hidden / temperature, decoder.output_embedding, jnp.roll(tokens, -1, axis=1)
+    )
+    return logprobs[:, :-1], entropy[:, :-1], loads
 
 
-def rl_loss(graph: nnx.GraphDef[Decoder], config: RlLossConfig, *, remat: bool) -> LossFn:
+def rl_loss(graph: nnx.GraphDef[Decoder], config: RlLossConfig, *, remat: Remat) -> LossFn:
     """-sum over windows and tokens of mask * w * A * clipped ratio, plus beta * KL.
 
     A batch takes one update, so the proximal policy is the current one with its gradient stopped:
@@ -64,13 +70,11 @@ def rl_loss(graph: nnx.GraphDef[Decoder], config: RlLossConfig, *, remat: bool) 
     Args:
         graph: The decoder.
         config: Numbers.
-        remat: Recompute activations in the backward pass.
+        remat: What each layer keeps for the backward pass.
     """
 
-    def loss(
-        params: Params, batch: WindowBatch
-    ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-        logprobs, entropy = window_logprobs(
+    def loss(params: Params, batch: WindowBatch) -> tuple[Float[Array, ""], dict[str, Array]]:
+        logprobs, entropy, loads = window_logprobs(
             graph, params, batch, temperature=config.temperature, remat=remat
         )
         mask = batch.trained[:, 1:]
@@ -89,6 +93,8 @@ def rl_loss(graph: nnx.GraphDef[Decoder], config: RlLossConfig, *, remat: bool) 
             "trained_tokens": jnp.sum(mask),
             "kl": kl,
         }
+        if loads is not None:
+            logs[EXPERT_LOADS] = loads
         return -jnp.sum(mask * importance * surrogate) + config.kl_beta * kl, logs
 
     return loss

@@ -7,7 +7,7 @@ from typing import Any
 
 from klong_jax.core.rollout import RolloutRequest
 from klong_jax.models.decoder import Params
-from klong_jax.rl.batch import make_batch
+from klong_jax.rl.batch import RlBatch, make_batch
 from klong_jax.rl.stages import Position, Stage, advance, check_stages
 from klong_jax.rollout.queue import RolloutQueue
 from klong_jax.training.accumulate import Trainer, TrainState
@@ -39,8 +39,8 @@ class RlRunConfig:
     seed: int
 
 
-# Works off the queue with the given policy.
-Play = Callable[[Params, int], Awaitable[None]]
+# Rolls out the step at a position with the given policy, and says what to train on.
+Collect = Callable[[Params, Position, int], Awaitable[RlBatch]]
 # Fills in a micro-batch's log-probabilities under the reference policy.
 Refer = Callable[[WindowBatch], WindowBatch]
 
@@ -49,9 +49,7 @@ async def run_rl(
     config: RlRunConfig,
     state: TrainState,
     trainer: Trainer,
-    queue: RolloutQueue,
-    task_ids: Sequence[str],
-    play: Play,
+    collect: Collect,
     refer: Refer,
     checkpoints: Checkpoints,
     metrics: MetricsLog,
@@ -59,17 +57,11 @@ async def run_rl(
 ) -> TrainState:
     """Trains through all stages, from the last checkpoint on if there is one.
 
-    A step's requests have names that follow from stage, step and slot, and putting them twice
-    changes nothing; so a killed run finds its finished rollouts in the queue, rolls out the rest
-    with the same seeds and policy, and goes on as if nothing had happened.
-
     Args:
         config: The run.
         state: The initial policy with a fresh optimiser.
         trainer: Takes the optimiser steps.
-        queue: The durable queue.
-        task_ids: What to train on.
-        play: Works off the queue with a policy and its version.
+        collect: Rolls out a step; the same for the same arguments.
         refer: Adds the reference policy's log-probabilities; returns its argument without a KL.
         checkpoints: Where the run is saved after every step.
         metrics: Where a row a step goes.
@@ -81,11 +73,7 @@ async def run_rl(
         state, progress = checkpoints.restore(state)
         position = Position(**progress["position"])
     while position.stage < len(config.stages):
-        requests = plan_step(config, position, int(state.step), task_ids)
-        queue.put(requests)
-        await play(state.params, int(state.step))
-        results = queue.results({request.group_id for request in requests})
-        batch = make_batch(results)
+        batch = await collect(state.params, position, int(state.step))
         logs: dict[str, float] = {}
         if batch.windows:
             padded = pad_windows(batch.windows, batch.advantages, config.context_limit)
@@ -113,6 +101,34 @@ async def run_rl(
         checkpoints.save(state, {"position": asdict(position), "seed": config.seed})
         on_step(row)
     return state
+
+
+async def roll_out(
+    config: RlRunConfig,
+    position: Position,
+    step: int,
+    task_ids: Sequence[str],
+    queue: RolloutQueue,
+    play: Callable[[], Awaitable[None]],
+) -> RlBatch:
+    """Rolls out one step.
+
+    Its requests have names that follow from stage, step and slot, and putting them twice changes
+    nothing; so a killed run finds its finished rollouts in the queue, rolls out the rest with the
+    same seeds and policy, and goes on as if nothing had happened.
+
+    Args:
+        config: The run.
+        position: Where it stands.
+        step: Optimiser steps taken.
+        task_ids: What to train on.
+        queue: The durable queue.
+        play: Works it off with the policy of the step.
+    """
+    requests = plan_step(config, position, step, task_ids)
+    queue.put(requests)
+    await play()
+    return make_batch(queue.results({request.group_id for request in requests}))
 
 
 def plan_step(

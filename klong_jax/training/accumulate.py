@@ -5,20 +5,24 @@ micro-batches add up exactly, however the windows were cut, padded or ordered.
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Float
 
 from klong_jax.models.decoder import Params
+from klong_jax.models.routing import EXPERT_LOADS, balance_routers, load_statistics
+from klong_jax.parallel.rules import constrain_params, placed
+from klong_jax.training.batches import place_batch
 
 Batch = Any
-# Sum of the loss over a micro-batch, and sums of what is worth logging.
-LossFn = Callable[[Params, Batch], tuple[Float[Array, ""], dict[str, Float[Array, ""]]]]
+# Sum of the loss over a micro-batch, and sums of what is worth logging, mostly scalars.
+LossFn = Callable[[Params, Batch], tuple[Float[Array, ""], dict[str, Array]]]
 
 
 @partial(
@@ -40,30 +44,70 @@ class TrainState:
 
 
 def init_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
-    """A fresh state around parameters."""
-    return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
+    """A fresh state around parameters, spread as they are."""
+
+    @jax.jit
+    def start(params: Params) -> Any:
+        return constrain_params((optimizer.init(params), jnp.zeros((), jnp.int32)))
+
+    return TrainState(params, *start(params))
+
+
+def abstract_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
+    """The shapes of a state and where they would live: takes no memory.
+
+    Args:
+        params: Parameters or their shapes.
+        optimizer: The optimiser.
+    """
+    state: TrainState = placed(jax.eval_shape(partial(init_state, optimizer=optimizer), params))
+    return state
 
 
 class Trainer:
-    """Accumulates gradients over micro-batches and applies one update."""
+    """Accumulates gradients over micro-batches and applies one update.
 
-    def __init__(self, loss: LossFn, optimizer: optax.GradientTransformation) -> None:
+    A loss of a model with experts logs how many tokens each took; a step turns that into statistics
+    and, at a `router_bias_rate` above 0, moves the routers' biases against it.
+
+    Attributes:
+        start: Sums of nothing: zero gradients and logs for parameters and a micro-batch.
+        accumulate: Adds a micro-batch's gradients and logs to the sums.
+        update: Takes an optimiser step with the summed gradients.
+    """
+
+    def __init__(
+        self,
+        loss: LossFn,
+        optimizer: optax.GradientTransformation,
+        router_bias_rate: float = 0.0,
+    ) -> None:
+        @jax.jit
+        def start(params: Params, batch: Batch) -> Any:
+            value, logs = jax.eval_shape(loss, params, batch)
+            zeros, sums = jax.tree.map(jnp.zeros_like, (params, {"loss": value, **logs}))
+            return constrain_params(zeros), sums
+
         @partial(jax.jit, donate_argnums=1)
         def accumulate(params: Params, total: Any, batch: Batch) -> Any:
             (value, logs), grads = jax.value_and_grad(loss, has_aux=True)(params, batch)
-            return jax.tree.map(jnp.add, total, (grads, {"loss": value, **logs}))
+            total, sums = jax.tree.map(jnp.add, total, (grads, {"loss": value, **logs}))
+            return constrain_params(total), sums
 
         @partial(jax.jit, donate_argnums=0)
         def update(state: TrainState, grads: Params, scale: Array) -> tuple[TrainState, Array]:
             grads = jax.tree.map(lambda grad: grad * scale, grads)
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
-            return TrainState(params, opt_state, state.step + 1), optax.tree.norm(grads)
+            state = constrain_params(TrainState(params, opt_state, state.step + 1))
+            return state, optax.tree.norm(grads)
 
-        self._loss = loss
-        self._logs: tuple[str, ...] = ()
-        self._accumulate = accumulate
-        self._update = update
+        @partial(jax.jit, donate_argnums=0)
+        def balance(params: Params, loads: Array) -> Params:
+            return constrain_params(balance_routers(params, loads, router_bias_rate))
+
+        self.start, self.accumulate, self.update = start, accumulate, update
+        self._balance = balance if router_bias_rate > 0 else None
 
     def step(
         self, state: TrainState, batches: Iterable[Batch], denominator: float
@@ -80,16 +124,18 @@ class Trainer:
             with `grad_norm`.
         """
         total: Any = None
-        for batch in batches:
+        for batch in map(place_batch, batches):
             if total is None:
-                # Traced once: tracing costs more than a small step.
-                self._logs = self._logs or tuple(jax.eval_shape(self._loss, state.params, batch)[1])
-                logs = {name: jnp.zeros(()) for name in ("loss", *self._logs)}
-                total = (jax.tree.map(jnp.zeros_like, state.params), logs)
-            total = self._accumulate(state.params, total, batch)
+                total = self.start(state.params, batch)
+            total = self.accumulate(state.params, total, batch)
         if total is None:
             raise ValueError("a step needs at least one micro-batch")
         grads, logs = total
-        state, norm = self._update(state, grads, jnp.float32(1.0 / denominator))
+        state, norm = self.update(state, grads, np.float32(1.0 / denominator))
+        loads = logs.pop(EXPERT_LOADS, None)
         scaled = {name: float(value) / denominator for name, value in logs.items()}
+        if loads is not None:
+            scaled |= {name: float(value) for name, value in load_statistics(loads).items()}
+            if self._balance:
+                state = replace(state, params=self._balance(state.params, loads))
         return state, {**scaled, "grad_norm": float(norm)}

@@ -3,11 +3,14 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
+from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Array, Bool, Float
 
 from klong_jax.core.trajectory import Window
+from klong_jax.parallel.rules import array_sharding, rounded_up, spread
 
 
 @partial(
@@ -30,7 +33,7 @@ class WindowBatch:
     tokens: np.ndarray
     trained: np.ndarray
     behaviour_logprobs: np.ndarray
-    reference_logprobs: np.ndarray
+    reference_logprobs: np.ndarray | Array
     weight: np.ndarray
 
 
@@ -53,8 +56,11 @@ def pad_windows(windows: Sequence[Window], weights: Sequence[float], length: int
 
 
 def micro_batches(batch: WindowBatch, rows: int) -> Iterator[WindowBatch]:
-    """Cuts a batch into micro-batches of `rows` windows; the last is filled with empty ones."""
-    total = len(batch.tokens)
+    """Cuts a batch into micro-batches of `rows` windows; the last is filled with empty ones.
+
+    On a mesh rows are rounded up to what its devices share evenly.
+    """
+    total, rows = len(batch.tokens), rounded_up(rows, "batch")
     for start in range(0, total, rows):
         missing = max(0, start + rows - total)
         pieces = {}
@@ -62,3 +68,24 @@ def micro_batches(batch: WindowBatch, rows: int) -> Iterator[WindowBatch]:
             piece = getattr(batch, field.name)[start : start + rows]
             pieces[field.name] = np.pad(piece, ((0, missing), *((0, 0),) * (piece.ndim - 1)))
         yield WindowBatch(**pieces)
+
+
+def real_tokens(trained: Float[Array, "b s"]) -> Bool[Array, "b s"]:
+    """Tokens up to the last that is trained; what follows in its row is padding."""
+    return jax.lax.cummax(trained, axis=1, reverse=True) > 0
+
+
+def place_batch(batch: Any) -> Any:
+    """Spreads a micro-batch over the active mesh, rows and positions; without one changes nothing.
+
+    Every host holds the same rows, since they follow from seed and step, and sends only those parts
+    to its devices that belong there.
+    """
+
+    def place(value: Any) -> Any:
+        sharding = array_sharding(value.shape, ("batch", "length")[: value.ndim])
+        if sharding is None or isinstance(value, jax.Array):
+            return value
+        return spread(value, sharding)
+
+    return jax.tree.map(place, batch)

@@ -57,9 +57,13 @@ class Checkpoints:
                 ),
             )
             self._manager.wait_until_finished()
-        except OSError as error:
+        except (OSError, ValueError) as error:
+            # Tensorstore, which writes the arrays, says ValueError where a disk is full.
+            if isinstance(error, ValueError) and "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            reason = error.strerror if isinstance(error, OSError) else "No space left on device"
             raise UserError(
-                f"{self._root}: the checkpoint cannot be written ({error.strerror}); free space "
+                f"{self._root}: the checkpoint cannot be written ({reason}); free space "
                 "and run the same command again to resume."
             ) from None
 
@@ -79,13 +83,19 @@ class Checkpoints:
         rest = self._read(step, "optimizer", (like.opt_state, like.step))
         return TrainState(self._read(step, "params", like.params), *rest), progress
 
-    def restore_params(self, like: Params) -> Params:
+    def restore_params(self, like: Params, *, as_stored: bool = False) -> Params:
         """Reads the parameters of the latest checkpoint, whatever they were trained with.
+
+        Args:
+            like: Parameters, or their shapes, of the right structure.
+            as_stored: Read each in the dtype it was saved in, not in that of `like`.
 
         Raises:
             UserError: There is none, or it belongs to another model or tokenizer.
         """
         step, _ = self._checked()
+        if as_stored:
+            like = self._with_stored_dtypes(step, like)
         return self._read(step, "params", like)
 
     def close(self) -> None:
@@ -107,6 +117,15 @@ class Checkpoints:
                     f"not {wanted[:12]}); use the {name} it was trained with or another run."
                 )
         return step, progress
+
+    def _with_stored_dtypes(self, step: int, like: Params) -> Params:
+        folder = self._root.resolve() / str(step) / "params"
+        stored = ocp.StandardCheckpointHandler().metadata(folder).tree
+        leaves = [
+            ocp.utils.to_shape_dtype_struct(leaf, stored[str(index)].dtype)
+            for index, leaf in enumerate(jax.tree.leaves(like))
+        ]
+        return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
     def _read(self, step: int, item: str, like: Any) -> Any:
         shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, _plain(like))

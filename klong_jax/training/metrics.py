@@ -1,4 +1,7 @@
-"""Metrics as JSON lines: one a step, rewritten from the last checkpoint on after a restart."""
+"""Metrics as JSON lines: one a step, rewritten from the last checkpoint on after a restart.
+
+Of several processes the first writes for all.
+"""
 
 import json
 import os
@@ -7,6 +10,7 @@ from typing import Any
 
 from klong_jax.core.errors import UserError
 from klong_jax.core.jsonio import write_text
+from klong_jax.parallel.distributed import is_first
 
 
 class MetricsLog:
@@ -15,6 +19,8 @@ class MetricsLog:
     def __init__(self, path: Path, resume_step: int) -> None:
         """Opens the log; rows of steps after `resume_step` will be written again, so they go."""
         self.path = path
+        if not is_first():
+            return
         kept = [row for row in read_metrics(path) if row["step"] <= resume_step]
         write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
 
@@ -24,6 +30,8 @@ class MetricsLog:
         Raises:
             UserError: The disk refuses.
         """
+        if not is_first():
+            return
         try:
             with self.path.open("a", encoding="utf-8") as handle:
                 handle.write(json.dumps(row) + "\n")

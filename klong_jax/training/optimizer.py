@@ -8,6 +8,7 @@ import optax
 from optax import contrib
 
 from klong_jax.models.decoder import Params
+from klong_jax.models.routing import is_router_bias
 
 
 @dataclass(frozen=True)
@@ -40,11 +41,14 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
 
     def schedule(ratio: float) -> optax.Schedule:
         peak = config.learning_rate * ratio
-        if not config.total_steps:
-            return optax.schedules.linear_schedule(0.0, peak, config.warmup_steps + 1, -1)
-        return optax.schedules.warmup_cosine_decay_schedule(
-            0.0, peak, config.warmup_steps, config.total_steps, 0.1 * peak
-        )
+        if config.total_steps:
+            rate = optax.schedules.warmup_cosine_decay_schedule(
+                0.0, peak, config.warmup_steps, config.total_steps, 0.1 * peak
+            )
+        else:
+            rate = optax.schedules.linear_schedule(0.0, peak, config.warmup_steps + 1)
+        # Steps count from 0, where the rate is 0: the first would train nothing.
+        return lambda step: rate(step + 1)
 
     if config.kind == "muon":
         update = contrib.muon(
@@ -57,7 +61,13 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
         )
     else:
         update = optax.adamw(schedule(1.0), b2=config.b2, weight_decay=config.weight_decay)
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), update)
+    # Weight decay would pull at the routers' biases, though no gradient reaches them.
+    kept = optax.masked(optax.set_to_zero(), _router_biases)
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), update, kept)
+
+
+def _router_biases(params: Params) -> Params:
+    return jax.tree_util.tree_map_with_path(lambda path, _: is_router_bias(path), params)
 
 
 def _matrices(params: Params) -> Params:

@@ -1,6 +1,9 @@
 """The engine against sampling one token at a time from the whole context."""
 
 import asyncio
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -134,3 +137,9 @@ def test_limits_are_kept() -> None:
             engine.seat(9, 0)
 
     asyncio.run(scenario())
+
+
+def test_a_mesh_changes_nothing() -> None:
+    program = Path(__file__).with_name("engine_on_mesh.py")
+    done = subprocess.run([sys.executable, program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

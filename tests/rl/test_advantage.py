@@ -77,7 +77,7 @@ def loss_and_grad(limit: int, config: RlLossConfig, advantage: float = 0.5) -> t
     spans = split(turns, 7, ContextPolicy(limit, 1000 if limit > 1000 else 7, 3))
     windows = [cut_window(i, span, *stream) for i, span in enumerate(spans)]
     batch = pad_windows(windows, [advantage] * len(windows), 80)
-    (value, _), grads = jax.value_and_grad(rl_loss(GRAPH, config, remat=False), has_aux=True)(
+    (value, _), grads = jax.value_and_grad(rl_loss(GRAPH, config, remat="none"), has_aux=True)(
         PARAMS, batch
     )
     return float(value), jax.tree.leaves(grads)
@@ -109,7 +109,7 @@ def test_kl_is_zero_at_the_reference_and_positive_elsewhere() -> None:
     stream = token_stream(turns)
     span = split(turns, 7, ContextPolicy(2000, 0, 3))[0]
     batch = pad_windows([cut_window(0, span, *stream)], [0.0], 80)
-    loss = rl_loss(GRAPH, RlLossConfig(kl_beta=0.1), remat=False)
+    loss = rl_loss(GRAPH, RlLossConfig(kl_beta=0.1), remat="none")
     decoder = nnx.merge(GRAPH, PARAMS)
     logits = decoder.apply(jnp.asarray(batch.tokens[:, :-1])) @ decoder.output_embedding.T
     own = jnp.take_along_axis(jax.nn.log_softmax(logits), batch.tokens[:, 1:, None], -1)[..., 0]
@@ -131,7 +131,7 @@ def test_windows_of_a_rollout_sum() -> None:
         cut_window(i, s, *stream) for i, s in enumerate(split(turns, 7, ContextPolicy(40, 7, 3)))
     ]
     assert len(windows) > 1
-    loss = rl_loss(GRAPH, config, remat=False)
+    loss = rl_loss(GRAPH, config, remat="none")
     whole = float(loss(PARAMS, pad_windows(windows, [0.5] * len(windows), 40))[0])
     parts = sum(float(loss(PARAMS, pad_windows([w], [0.5], 40))[0]) for w in windows)
     assert whole == pytest.approx(parts, rel=1e-5)

@@ -34,7 +34,7 @@ def step(rows: int, length: int) -> tuple[dict[str, float], object]:
     optimizer = make_optimizer(OptimizerConfig("adamw", 1e-2))
     cut = windows(20)
     trained = sum(int(window.trained_mask.sum()) for window in cut)
-    state, logs = Trainer(sft_loss(GRAPH, remat=rows == 2), optimizer).step(
+    state, logs = Trainer(sft_loss(GRAPH, remat="full" if rows == 2 else "none"), optimizer).step(
         init_state(jax.tree.map(jnp.copy, PARAMS), optimizer),
         micro_batches(pad_windows(cut, [1.0] * len(cut), length), rows),
         trained,
@@ -59,10 +59,24 @@ def test_the_loss_is_the_mean_over_trained_tokens() -> None:
     assert logs["entropy"] == pytest.approx(np.log(50), rel=0.05)
 
 
+@pytest.mark.parametrize("total", [0, 10])
+def test_the_first_step_trains_too(total: int) -> None:
+    optimizer = make_optimizer(OptimizerConfig("adamw", 1e-2, warmup_steps=4, total_steps=total))
+    trainer = Trainer(sft_loss(GRAPH, remat="none"), optimizer)
+    cut = windows(3)
+    batches = list(micro_batches(pad_windows(cut, [1.0] * len(cut), 40), 2))
+    state = init_state(jax.tree.map(jnp.copy, PARAMS), optimizer)
+    losses = []
+    for _ in range(2):
+        state, logs = trainer.step(state, batches, 1)
+        losses.append(logs["loss"])
+    assert losses[1] < losses[0]
+
+
 @pytest.mark.parametrize(("kind", "rate"), [("adamw", 1e-2), ("muon", 1e-1)])
 def test_training_lowers_the_loss(kind: str, rate: float) -> None:
     optimizer = make_optimizer(OptimizerConfig(kind, rate, warmup_steps=2, total_steps=30))
-    trainer = Trainer(sft_loss(GRAPH, remat=False), optimizer)
+    trainer = Trainer(sft_loss(GRAPH, remat="none"), optimizer)
     state = init_state(jax.tree.map(jnp.copy, PARAMS), optimizer)
     cut = windows(8)
     trained = sum(int(window.trained_mask.sum()) for window in cut)
@@ -78,4 +92,4 @@ def test_training_lowers_the_loss(kind: str, rate: float) -> None:
 def test_a_step_without_batches_is_refused() -> None:
     optimizer = make_optimizer(OptimizerConfig())
     with pytest.raises(ValueError, match="micro-batch"):
-        Trainer(sft_loss(GRAPH, remat=False), optimizer).step(init_state(PARAMS, optimizer), [], 1)
+        Trainer(sft_loss(GRAPH, remat="none"), optimizer).step(init_state(PARAMS, optimizer), [], 1)
