@@ -20,9 +20,12 @@ COMMANDS: dict[str, str] = {
     "sft": "Supervised fine-tuning on recorded trajectories, window by window.",
     "rl": "Progressive RL from a trained policy: stages of growing timeouts.",
     "eval": "Evaluates a policy on tasks, with a table and a report.",
+    "convert": "Imports a Hugging Face model as a policy, or exports a policy for transformers.",
+    "aot": "Compiles training and serving for TPUs elsewhere: does it fit, how fast at most?",
     "rubric": "Shows what rubrics ask for, and their scores if they are graded.",
     "report": "Prints the results of a run and writes its report.html again.",
     "sandbox": "Serves sandboxes to other processes and hosts.",
+    "bench": "Times the kernels on this machine, beside their peers.",
     "doctor": "Says what this machine can do and what it lacks.",
 }
 """Each is `run(settings)` in klong_jax/pipelines/COMMAND.py, imported when it is called."""
@@ -32,6 +35,7 @@ _EXAMPLES = """Examples:
   klong recipe profile=smoke seed=0             the whole recipe in minutes on two cores
   klong recipe --multirun seed=0,1,2            three runs, each in its own folder
   klong split data.path=FILE splitting.context_limit=4096 splitting.overlap=512
+  klong convert source=HF_DIR output=POLICY_DIR and back with source=POLICY_DIR output=HF_DIR
   klong rubric path=FILE_OR_FOLDER output=rubric.json
 
 Settings are overridden with NAME=VALUE; `klong COMMAND --help` explains each. Their defaults are
@@ -134,6 +138,7 @@ def _hydra_arguments(command: str, arguments: list[str]) -> list[str]:
 
 def _run_hydra(command: str, arguments: list[str]) -> int:
     import hydra
+    from hydra.core.hydra_config import HydraConfig
 
     from klong_jax.pipelines.compose import COMPOSE_ERRORS, config_dir, mistake, validate
 
@@ -142,7 +147,7 @@ def _run_hydra(command: str, arguments: list[str]) -> int:
     def job(composed: "DictConfig") -> None:
         nonlocal status
         try:
-            settings = validate(command, composed)
+            settings = validate(command, composed, HydraConfig.get().overrides.task)
             importlib.import_module(f"klong_jax.pipelines.{command}").run(settings)
         except UserError as error:
             # Said here, so that one bad job of a multirun does not end the others.

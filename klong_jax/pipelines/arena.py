@@ -4,17 +4,22 @@ import os
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+
+from jax.sharding import Mesh
 
 from klong_jax.core.rollout import RolloutRequest
 from klong_jax.core.task import Task
-from klong_jax.engine.engine import Engine
+from klong_jax.engine.engine import Engine, Scope
 from klong_jax.judge.executable import ExecutableJudge
 from klong_jax.judge.pool import JudgePool
 from klong_jax.models.decoder import Params
+from klong_jax.parallel.rules import SERVING
 from klong_jax.pipelines.config.acting import QueueSection
 from klong_jax.pipelines.config.commands import ActingConfig
 from klong_jax.pipelines.policy import Policy, make_engine
+from klong_jax.pipelines.process import computing
 from klong_jax.pipelines.rundir import RunDir
 from klong_jax.pipelines.world import clock_factory, open_sandboxes, sandbox_spec
 from klong_jax.rollout import open_queue
@@ -37,6 +42,7 @@ class Arena:
     queue: RolloutQueue
     _engine: Engine
     _runner: RolloutRunner
+    _scope: Scope
 
     async def play(
         self,
@@ -53,14 +59,15 @@ class Arena:
         """
         self._engine.load(params, version)
         seat = self._engine.seat
-        await self._runner.drain(lambda slot, request: seat(slot, request.seed), on_done)
+        with self._scope():
+            await self._runner.drain(lambda slot, request: seat(slot, request.seed), on_done)
 
 
 @asynccontextmanager
 async def open_arena(
-    config: ActingConfig, folder: RunDir, policy: Policy, tasks: Sequence[Task]
+    config: ActingConfig, folder: RunDir, policy: Policy, tasks: Sequence[Task], mesh: Mesh
 ) -> AsyncIterator[Arena]:
-    """Opens sandboxes, queue and engine for policies like this one on these tasks."""
+    """Opens sandboxes, queue and engine, on a mesh, for policies like this one on these tasks."""
     context = config.splitting.policy()
     queue = _open_queue(config.queue, folder.path, folder.run_id)
     async with open_sandboxes(config.sandbox) as client:
@@ -80,8 +87,9 @@ async def open_arena(
             slots=config.engine.slots,
             worker=f"{os.uname().nodename}/{os.getpid()}",
         )
-        engine = make_engine(policy, config.engine, context)
-        yield Arena(context, queue, engine, runner)
+        scope = partial(computing, mesh, config.kernels, SERVING)
+        engine = make_engine(policy, config.engine, context, scope)
+        yield Arena(context, queue, engine, runner, scope)
         await engine.close()
     queue.close()
 

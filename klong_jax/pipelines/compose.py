@@ -30,8 +30,13 @@ def config_dir() -> Path:
     return installed if installed.is_dir() else package.parent / "configs"
 
 
-def validate(command: str, composed: DictConfig) -> Section:
+def validate(command: str, composed: DictConfig, given: Sequence[str] = ()) -> Section:
     """Turns a composed configuration into the command's settings.
+
+    Args:
+        command: The command.
+        composed: The values of all its settings.
+        given: The overrides among them, as NAME=VALUE: some settings exclude each other's.
 
     Raises:
         UserError: Something is missing, unknown, of the wrong type or contradictory.
@@ -42,7 +47,8 @@ def validate(command: str, composed: DictConfig) -> Section:
             raise UserError(f"{path} is not given: add {path}=VALUE ({said})")
         values = OmegaConf.to_container(composed, resolve=True)
         # Through JSON, whose strict reading takes lists for tuples and strings for paths.
-        return CONFIGS[command].model_validate_json(json.dumps(values))
+        names = [override.partition("=")[0].lstrip("+~") for override in given]
+        return CONFIGS[command].model_validate_json(json.dumps(values), context={"given": names})
     except OmegaConfBaseException as error:
         raise mistake(command, error) from None
     except ValidationError as error:
@@ -72,7 +78,7 @@ def _explanations(section: type[Section], prefix: str) -> Iterator[tuple[str, st
             yield prefix + name, (kind.__doc__ or "").splitlines()[0]
             yield from _explanations(kind, f"{prefix}{name}.")
         else:
-            yield prefix + name, info.description or ""
+            yield prefix + name, " ".join((info.description or "").split())
 
 
 def unknown(command: str, path: str) -> str:

@@ -13,7 +13,7 @@ from klong_jax.pipelines.arena import Arena, open_arena
 from klong_jax.pipelines.config.acting import EvalSection
 from klong_jax.pipelines.config.commands import EvalConfig
 from klong_jax.pipelines.policy import load_policy
-from klong_jax.pipelines.process import prepare_process
+from klong_jax.pipelines.process import device_mesh, prepare_process
 from klong_jax.pipelines.rundir import open_run
 from klong_jax.pipelines.stage import stage
 from klong_jax.report import data as report
@@ -29,12 +29,13 @@ def run(config: EvalConfig) -> None:
 
 async def _run(config: EvalConfig) -> None:
     console = Console()
-    policy = load_policy(config.policy)
+    mesh = device_mesh(config.mesh)
+    policy = load_policy(config.policy, mesh=mesh)
     tasks = load_tasks(config.tasks)
     name: report.Policy = "rl" if (config.policy.name == "rl") else "sft"
     with open_run("eval", config, config.run) as folder:
         prepare_process(folder.path)
-        async with open_arena(config, folder, policy, tasks) as arena:
+        async with open_arena(config, folder, policy, tasks, mesh) as arena:
             rows = await evaluate(
                 name, policy.params, tasks, config.eval, config.seed, arena, console
             )

@@ -1,17 +1,22 @@
 """A policy on disk: model.json, tokenizer.json and checkpoints/ in one folder."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import jax
 from flax import nnx
+from jax.sharding import Mesh
 
 from klong_jax.core.errors import UserError
 from klong_jax.core.jsonio import read_json, write_json
-from klong_jax.engine.engine import Engine, EngineConfig
-from klong_jax.models.config import DecoderConfig
+from klong_jax.engine.engine import Engine, EngineConfig, Scope
+from klong_jax.models.config import DecoderConfig, DTypes
 from klong_jax.models.decoder import Decoder, Params, build
+from klong_jax.models.hf.files import copy_side_files
+from klong_jax.models.placed import placed
+from klong_jax.parallel.distributed import is_first, together
+from klong_jax.parallel.rules import param_shardings, spread
 from klong_jax.pipelines.config.acting import EngineSection
 from klong_jax.pipelines.config.training import ModelSection
 from klong_jax.splitting.policy import ContextPolicy
@@ -20,6 +25,8 @@ from klong_jax.text.tokenizer import HuggingFaceTokenizer, Tokenizer, load_token
 from klong_jax.training.accumulate import TrainState, init_state
 from klong_jax.training.checkpoint import Checkpoints
 from klong_jax.training.optimizer import OptimizerConfig, make_optimizer
+
+_ORIGIN = "huggingface"
 
 
 @dataclass(frozen=True)
@@ -31,12 +38,17 @@ class Policy:
         graph: The decoder.
         params: Its parameters.
         tokenizer: The tokenizer.
+        dtypes: The precisions of parameters and computation.
+        origin: Folder with the config.json and the other small files of the Hugging Face model
+            that it came from, if it did.
     """
 
     config: DecoderConfig
     graph: nnx.GraphDef[Decoder]
     params: Params
     tokenizer: Tokenizer
+    dtypes: DTypes
+    origin: Path | None = None
 
     @property
     def identity(self) -> dict[str, str]:
@@ -49,8 +61,20 @@ class Policy:
         return sum(int(leaf.size) for leaf in jax.tree.leaves(self.params))
 
 
-def new_policy(section: ModelSection, tokenizer: Tokenizer, seed: int) -> Policy:
-    """A randomly initialised policy."""
+def new_policy(
+    section: ModelSection, tokenizer: Tokenizer, seed: int, mesh: Mesh | None = None
+) -> Policy:
+    """A randomly initialised policy.
+
+    Args:
+        section: The decoder's numbers.
+        tokenizer: Gives the size of the vocabulary.
+        seed: The parameters follow from it, whatever the mesh.
+        mesh: Where its parameters go; one device if not given.
+
+    Raises:
+        UserError: The mesh does not divide a parameter.
+    """
     config = DecoderConfig(
         vocab_size=tokenizer.vocab_size,
         hidden_size=section.hidden_size,
@@ -62,50 +86,69 @@ def new_policy(section: ModelSection, tokenizer: Tokenizer, seed: int) -> Policy
         rope_theta=section.rope_theta,
         tie_embeddings=section.tie_embeddings,
     )
-    graph, params = build(config, seed)
-    return Policy(config, graph, params, tokenizer)
+    dtypes = DTypes(params="float32", compute=section.compute)
+    # Made whole, on each host: a compiled initialisation would round differently on each mesh.
+    graph, params = build(config, seed, dtypes)
+    if mesh is not None:
+        params = jax.tree.map(spread, params, param_shardings(params, mesh))
+    return Policy(config, graph, params, tokenizer, dtypes)
 
 
 def describe_policy(folder: Path, policy: Policy) -> None:
-    """Writes what is needed beside the checkpoints to read them again."""
+    """Writes what is needed beside the checkpoints to read them again; one process does."""
     if not isinstance(policy.tokenizer, HuggingFaceTokenizer):
         raise UserError("tokenizer.path: training needs a tokenizer.json, not a .model file.")
-    write_json(folder / "model.json", policy.config.to_json())
+    if not is_first():
+        return
+    write_json(folder / "model.json", {**policy.config.to_json(), "dtypes": asdict(policy.dtypes)})
     policy.tokenizer.save(folder / "tokenizer.json")
+    if policy.origin is not None and policy.origin != folder / _ORIGIN:
+        copy_side_files(policy.origin, folder / _ORIGIN, "config.json", "passed_on.json")
 
 
-def load_policy(folder: Path) -> Policy:
+def load_policy(folder: Path, *, as_stored: bool = False, mesh: Mesh | None = None) -> Policy:
     """Reads the latest checkpoint of a policy's folder.
 
     Args:
         folder: Holds model.json, tokenizer.json and checkpoints/.
+        as_stored: Leave each parameter in the dtype it has on disk.
+        mesh: Where its parameters go, whichever mesh wrote them; one device if not given.
 
     Raises:
         UserError: The folder is no policy's, or the checkpoint belongs to another model.
     """
+    together(lambda: _check(folder))
+    fields: dict[str, Any] = read_json(folder / "model.json")
+    try:
+        dtypes = DTypes(**fields.pop("dtypes"))
+        config = DecoderConfig.from_json(fields)
+    except (TypeError, KeyError) as error:
+        raise UserError(
+            f"{folder}/model.json: {error}; it was written by another version."
+        ) from None
+    graph, shapes = placed(config, dtypes, mesh)
+    tokenizer = load_tokenizer(folder / "tokenizer.json")
+    origin = folder / _ORIGIN
+    policy = Policy(config, graph, shapes, tokenizer, dtypes, origin if origin.is_dir() else None)
+    checkpoints = Checkpoints(folder / "checkpoints", policy.identity)
+    trained = checkpoints.restore_params(shapes, as_stored=as_stored)
+    checkpoints.close()
+    return replace(policy, params=trained)
+
+
+def _check(folder: Path) -> None:
     if not (folder / "model.json").exists():
         raise UserError(
             f"{folder}: holds no policy (no model.json); give a folder that `klong sft` or "
             "`klong rl` wrote, such as runs/ID/sft."
         )
-    fields: dict[str, Any] = read_json(folder / "model.json")
-    try:
-        config = DecoderConfig(**fields)
-    except TypeError as error:
-        raise UserError(
-            f"{folder}/model.json: {error}; it was written by another version."
-        ) from None
-    graph, params = build(config, 0)
-    policy = Policy(config, graph, params, load_tokenizer(folder / "tokenizer.json"))
-    checkpoints = Checkpoints(folder / "checkpoints", policy.identity)
-    trained = checkpoints.restore_params(params)
-    checkpoints.close()
-    return Policy(config, graph, trained, policy.tokenizer)
 
 
-def make_engine(policy: Policy, section: EngineSection, context: ContextPolicy) -> Engine:
-    """An engine for the policy's decoder, with its parameters loaded."""
-    engine = Engine(
+def make_engine(
+    policy: Policy, section: EngineSection, context: ContextPolicy, scope: Scope
+) -> Engine:
+    """An engine for the policy's decoder; it works in the scope."""
+    return Engine(
         policy.graph,
         policy.config,
         Chat(policy.tokenizer),
@@ -116,9 +159,9 @@ def make_engine(policy: Policy, section: EngineSection, context: ContextPolicy) 
             prefill_chunk=section.prefill_chunk,
             decode_steps=section.decode_steps,
         ),
+        policy.dtypes,
+        scope,
     )
-    engine.load(policy.params, version=0)
-    return engine
 
 
 def fresh_state(policy: Policy, optimizer: OptimizerConfig) -> TrainState:

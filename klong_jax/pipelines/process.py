@@ -2,12 +2,45 @@
 
 import ctypes
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import jax
+from jax.sharding import Mesh
+from rich.console import Console
+
+from klong_jax.kernels.backend import use_kernels
+from klong_jax.parallel.distributed import is_first
+from klong_jax.parallel.mesh import make_mesh
+from klong_jax.parallel.rules import TRAINING, ShardingRules, use_mesh
+from klong_jax.pipelines.config.pods import KernelsSection, MeshSection
 
 # Names of glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8
+
+
+def device_mesh(section: MeshSection) -> Mesh:
+    """The mesh of the settings, over all devices of all processes.
+
+    Raises:
+        UserError: It takes another number of devices.
+    """
+    return make_mesh(section.shape(jax.device_count()))
+
+
+@contextmanager
+def computing(
+    mesh: Mesh, kernels: KernelsSection, rules: ShardingRules = TRAINING
+) -> Iterator[None]:
+    """Makes mesh and kernels those of the programs that this thread traces inside."""
+    with use_mesh(mesh, rules), use_kernels(**kernels.chosen()):
+        yield
+
+
+def open_console() -> Console:
+    """Where the first process talks to a person; the others keep quiet."""
+    return Console(quiet=not is_first())
 
 
 def prepare_process(folder: Path) -> None:

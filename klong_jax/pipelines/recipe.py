@@ -25,7 +25,7 @@ from klong_jax.pipelines.distill import demonstrate
 from klong_jax.pipelines.eval import evaluate
 from klong_jax.pipelines.factory import write_tasks
 from klong_jax.pipelines.policy import Policy, new_policy
-from klong_jax.pipelines.process import prepare_process
+from klong_jax.pipelines.process import computing, device_mesh, prepare_process
 from klong_jax.pipelines.rundir import RunDir, open_run
 from klong_jax.pipelines.split import plan_recording
 from klong_jax.report.data import EvalRow, RlPoint, RunReport
@@ -72,6 +72,7 @@ class _Recipe:
         self.path = folder.path
         self.console = console
         self.context = config.splitting.policy()
+        self.mesh = device_mesh(config.mesh)
         self._clock = time.monotonic()
 
     async def run(self) -> None:
@@ -80,10 +81,11 @@ class _Recipe:
         recordings = await self._demonstrate(tasks.demonstrated)
         tokenizer = self._train_tokenizer(recordings)
         self._write_plan(recordings, tokenizer)
-        base = new_policy(self.config.model, tokenizer, self.config.seed)
+        base = new_policy(self.config.model, tokenizer, self.config.seed, self.mesh)
         self.console.print(f"{'a decoder of':<24} {base.parameters:,} parameters", markup=False)
-        sft = self._fine_tune(base, recordings)
-        self._report(await self._reinforce(base, sft, tasks))
+        with computing(self.mesh, self.config.kernels):
+            sft = self._fine_tune(base, recordings)
+            self._report(await self._reinforce(base, sft, tasks))
 
     def _make_tasks(self) -> _Tasks:
         sizes, seed, root = self.config.tasks, self.config.seed, self.path / "tasks"
@@ -164,7 +166,7 @@ class _Recipe:
     async def _reinforce(self, base: Policy, sft: Policy, tasks: _Tasks) -> list[EvalRow]:
         config, rows = self.config, list[EvalRow]()
         played = [*tasks.practised, *tasks.heldout]
-        async with open_arena(config, self.folder, sft, played) as arena:
+        async with open_arena(config, self.folder, sft, played, self.mesh) as arena:
             trained = await rl_pipeline.train(
                 self.path / "rl", config, sft, tasks.practised, arena, self.console
             )

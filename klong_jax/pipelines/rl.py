@@ -1,17 +1,30 @@
 """`klong rl`: progressive RL from a policy on disk."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
-import numpy as np
+import jax.numpy as jnp
+from jax.sharding import Mesh
 from rich.console import Console
 
+from klong_jax.core.errors import UserError
 from klong_jax.core.task import Task
 from klong_jax.models.decoder import Params
+from klong_jax.parallel.distributed import (
+    from_first,
+    is_first,
+    own_part,
+    settled,
+    start_processes,
+    together,
+)
+from klong_jax.parallel.rules import SERVING, constrain, param_specs
 from klong_jax.pipelines.arena import Arena, open_arena
 from klong_jax.pipelines.config.commands import Reinforcing, RlConfig
 from klong_jax.pipelines.policy import (
@@ -20,14 +33,21 @@ from klong_jax.pipelines.policy import (
     fresh_state,
     load_policy,
 )
-from klong_jax.pipelines.process import prepare_process
+from klong_jax.pipelines.process import (
+    computing,
+    device_mesh,
+    open_console,
+    prepare_process,
+)
 from klong_jax.pipelines.rundir import open_run
 from klong_jax.pipelines.stage import stage
+from klong_jax.rl.batch import RlBatch
 from klong_jax.rl.loss import RlLossConfig, rl_loss, window_logprobs
-from klong_jax.rl.run import Refer, RlRunConfig, run_rl
+from klong_jax.rl.run import Collect, Refer, RlRunConfig, roll_out, run_rl
+from klong_jax.rl.stages import Position
 from klong_jax.text.tasks import load_tasks
 from klong_jax.training.accumulate import Trainer
-from klong_jax.training.batches import WindowBatch
+from klong_jax.training.batches import WindowBatch, place_batch
 from klong_jax.training.checkpoint import Checkpoints
 from klong_jax.training.metrics import MetricsLog
 from klong_jax.training.optimizer import make_optimizer
@@ -35,18 +55,36 @@ from klong_jax.training.optimizer import make_optimizer
 
 def run(config: RlConfig) -> None:
     """Trains; the policy is left in the run's folder `rl`."""
+    start_processes(config.processes.place(), cluster=config.processes.cluster)
     asyncio.run(_run(config))
 
 
 async def _run(config: RlConfig) -> None:
-    console = Console()
-    policy = load_policy(config.policy)
-    tasks = load_tasks(config.tasks)
-    with open_run("rl", config, config.run) as folder:
+    console = open_console()
+    mesh = device_mesh(config.mesh)
+    _check_host(mesh)
+    policy = load_policy(config.policy, mesh=mesh)
+    tasks = together(lambda: load_tasks(config.tasks))
+    with open_run("rl", config, config.run) as folder, computing(mesh, config.kernels):
         prepare_process(folder.path)
-        async with open_arena(config, folder, policy, tasks) as arena:
-            await train(folder.path / "rl", config, policy, tasks, arena, console)
+        async with AsyncExitStack() as opened:
+            opening: Callable[[], Arena | None] = _no_arena
+            if is_first():
+                arena = open_arena(config, folder, policy, tasks, mesh.local_mesh)
+                opening = await settled(opened.enter_async_context(arena))
+            await train(folder.path / "rl", config, policy, tasks, together(opening), console)
         console.print(f"policy in {folder.path / 'rl'}", markup=False)
+
+
+def _check_host(mesh: Mesh) -> None:
+    """Rollouts are served by the devices of the first process, which must hold whole weights."""
+    for axis in ("tensor", "expert"):
+        here = mesh.local_mesh.shape[axis]
+        if here != mesh.shape[axis]:
+            raise UserError(
+                f"mesh.{axis}={mesh.shape[axis]}: rollouts are served on the devices of one host, "
+                f"where this mesh has {here} of them along {axis}; choose a smaller mesh.{axis}."
+            )
 
 
 async def train(
@@ -54,10 +92,19 @@ async def train(
     config: Reinforcing,
     policy: Policy,
     tasks: Sequence[Task],
-    arena: Arena,
+    arena: Arena | None,
     console: Console,
 ) -> Policy:
-    """Trains a policy through the stages, from its last checkpoint on if there is one."""
+    """Trains a policy through the stages, from its last checkpoint on if there is one.
+
+    Args:
+        folder: Where the policy is left.
+        config: All settings.
+        policy: Where to start.
+        tasks: What to train on.
+        arena: Where the policy acts; the first of several processes has it, and tells the others.
+        console: For progress.
+    """
     section, temperature = config.rl, config.engine.temperature
     optimizer = section.optimizer.config(0)
     numbers = RlLossConfig(section.clip, section.importance_cap, section.kl_beta, temperature)
@@ -65,43 +112,67 @@ async def train(
     checkpoints = Checkpoints(folder / "checkpoints", policy.identity)
     done = checkpoints.latest() or 0
     total = sum(s.max_steps for s in section.stages)
+    shape = RlRunConfig(
+        stages=section.timeline(),
+        groups=section.groups,
+        rollouts=section.rollouts,
+        tokens_per_rollout=section.tokens_per_rollout,
+        context_limit=config.splitting.context_limit,
+        micro_batch=section.micro_batch,
+        seed=config.seed,
+    )
     with stage(console, "progressive RL", total) as advance:
         advance(done)
         state = await run_rl(
-            RlRunConfig(
-                stages=section.timeline(),
-                groups=section.groups,
-                rollouts=section.rollouts,
-                tokens_per_rollout=section.tokens_per_rollout,
-                context_limit=arena.context.limit,
-                micro_batch=section.micro_batch,
-                seed=config.seed,
-            ),
+            shape,
             fresh_state(policy, optimizer),
             Trainer(
                 rl_loss(policy.graph, numbers, remat=section.remat),
                 make_optimizer(optimizer),
+                section.router_bias_rate,
             ),
-            arena.queue,
-            [task.task_id for task in tasks],
-            arena.play,
+            _collector(shape, [task.task_id for task in tasks], arena),
             _reference(policy, temperature) if section.kl_beta > 0 else lambda batch: batch,
             checkpoints,
             MetricsLog(folder / "metrics.jsonl", done),
             on_step=lambda row: advance(1, _remark(row)),
         )
     checkpoints.close()
-    return Policy(policy.config, policy.graph, state.params, policy.tokenizer)
+    return replace(policy, params=state.params)
+
+
+def _collector(config: RlRunConfig, task_ids: Sequence[str], arena: Arena | None) -> Collect:
+    """Rolls out in the first process, with what its devices hold, and tells the others."""
+
+    async def collect(params: Params, position: Position, step: int) -> RlBatch:
+        mesh = jax.sharding.get_mesh()
+        own = own_part(params, mesh, param_specs(params, mesh, SERVING))
+        give: Callable[[], RlBatch] = _untold
+        if arena is not None:
+            play = partial(arena.play, own, step)
+            give = await settled(roll_out(config, position, step, task_ids, arena.queue, play))
+        return from_first(give)
+
+    return collect
+
+
+def _no_arena() -> None:
+    """What the other processes have of it."""
+
+
+def _untold() -> NoReturn:
+    raise AssertionError("only the first process rolls out")
 
 
 def _reference(policy: Policy, temperature: float) -> Refer:
     @jax.jit
     def logprobs(params: Params, batch: WindowBatch) -> jax.Array:
-        return window_logprobs(policy.graph, params, batch, temperature=temperature, remat=False)[0]
+        known = window_logprobs(policy.graph, params, batch, temperature=temperature, remat="none")
+        return constrain(jnp.pad(known[0], ((0, 0), (1, 0))), "batch", "length")
 
     def refer(batch: WindowBatch) -> WindowBatch:
-        known = np.asarray(logprobs(policy.params, batch))
-        return replace(batch, reference_logprobs=np.pad(known, ((0, 0), (1, 0))))
+        batch = place_batch(batch)
+        return replace(batch, reference_logprobs=logprobs(policy.params, batch))
 
     return refer
 

@@ -1,27 +1,32 @@
 """A run's folder: its name, its lock, and the stages it has been through.
 
 The name follows from the settings, so the same command resumes its run and changed settings never
-mix with it. Whatever a stage leaves behind is complete once its marker exists.
+mix with it; on what it computes may change. Whatever a stage leaves behind is complete once its
+marker exists.
 """
 
 import fcntl
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
 from klong_jax.core.errors import UserError
 from klong_jax.core.jsonio import Json, content_hash, read_json, write_json
+from klong_jax.parallel.distributed import from_first, together
 from klong_jax.pipelines.config.acting import RunSection
 from klong_jax.pipelines.config.section import Section
+
+_CIRCUMSTANCES = {"run", "processes", "mesh", "kernels"}
+"""Sections that say where and on what a run computes, not what: they may change between starts."""
 
 
 @dataclass(frozen=True)
 class RunDir:
-    """A run's folder, held by this process.
+    """A run's folder, held by this process or, if there are several, by the first.
 
     Attributes:
         path: The folder.
@@ -50,15 +55,31 @@ class RunDir:
 def open_run(command: str, settings: Section, run: RunSection) -> Iterator[RunDir]:
     """Opens or resumes a run's folder and holds its lock while the context is open.
 
+    Of several processes the first holds it for all.
+
     Args:
         command: The command's name.
         settings: All its settings; `seed` and, where there is one, `profile` appear in the name.
-        run: Their section `run`, which does not count as a change of settings.
+        run: Their section `run`.
 
     Raises:
         UserError: The folder cannot be used, is in use, or holds a run of other settings.
     """
-    values = settings.model_dump(mode="json", exclude={"run"})
+    values = settings.model_dump(mode="json", exclude=_CIRCUMSTANCES)
+    with ExitStack() as held:
+        path = from_first(lambda: held.enter_context(_held(command, values, run)))
+        together(lambda: _check_shared(path))
+        try:
+            yield RunDir(path, path.name)
+        except KeyboardInterrupt:
+            # The same command would start yet another run.
+            raise KeyboardInterrupt(
+                f"run.id={path.name} instead of run.fresh=true" if run.fresh else ""
+            ) from None
+
+
+@contextmanager
+def _held(command: str, values: dict[str, Json], run: RunSection) -> Iterator[Path]:
     named = [command, values.get("profile"), f"seed{values.get('seed', 0)}"]
     base = run.id or "-".join(filter(None, (*named, content_hash(values)[:8])))
     path = _place(run.root, base, fresh=run.fresh)
@@ -73,13 +94,15 @@ def open_run(command: str, settings: Section, run: RunSection) -> Iterator[RunDi
                 f"{path}: holds a run of other settings ({', '.join(changed)}); choose another "
                 "run.id or leave it out."
             )
-        try:
-            yield RunDir(path, path.name)
-        except KeyboardInterrupt:
-            # The same command would start yet another run.
-            raise KeyboardInterrupt(
-                f"run.id={path.name} instead of run.fresh=true" if run.fresh else ""
-            ) from None
+        yield path
+
+
+def _check_shared(path: Path) -> None:
+    if not (path / "config.json").exists():
+        raise UserError(
+            f"{path}: another process does not see what the first wrote there; choose a folder "
+            "that all hosts share with run.root."
+        )
 
 
 def _place(root: Path, base: str, *, fresh: bool) -> Path:

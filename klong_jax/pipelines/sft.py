@@ -1,22 +1,31 @@
 """`klong sft`: windows of recorded trajectories, and the training run on them."""
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
+from jax.sharding import Mesh
 from rich.console import Console
 
 from klong_jax.core.errors import UserError
 from klong_jax.core.message import Message
 from klong_jax.core.trajectory import Window
+from klong_jax.parallel.distributed import start_processes, together
 from klong_jax.pipelines.config.commands import SftConfig
 from klong_jax.pipelines.config.training import DrillSection, SftSection
 from klong_jax.pipelines.policy import (
     Policy,
     describe_policy,
     fresh_state,
+    load_policy,
     new_policy,
 )
-from klong_jax.pipelines.process import prepare_process
+from klong_jax.pipelines.process import (
+    computing,
+    device_mesh,
+    open_console,
+    prepare_process,
+)
 from klong_jax.pipelines.rundir import open_run
 from klong_jax.pipelines.split import pinned_messages
 from klong_jax.pipelines.stage import stage
@@ -35,22 +44,35 @@ from klong_jax.training.optimizer import make_optimizer
 
 def run(config: SftConfig) -> None:
     """Trains on a file of trajectories; the policy is left in the run's folder `sft`."""
-    console = Console()
-    path = config.tokenizer.path
-    tokenizer = load_tokenizer(path) if path else bundled_tokenizer()
-    chat = Chat(tokenizer)
-    policy = new_policy(config.model, tokenizer, config.seed)
-    with open_run("sft", config, config.run) as folder:
+    start_processes(config.processes.place(), cluster=config.processes.cluster)
+    console = open_console()
+    mesh = device_mesh(config.mesh)
+    policy = _start(config, mesh)
+    chat = Chat(policy.tokenizer)
+    with open_run("sft", config, config.run) as folder, computing(mesh, config.kernels):
         prepare_process(folder.path)
-        data = trajectory_windows(
-            chat,
-            read_recordings(config.data.path, skip_bad=config.data.skip_bad, on_skip=console.print),
-            config.splitting.policy(),
-            on_skip=console.print if config.data.skip_bad else None,
-        )
+        data = together(lambda: _windows(config, chat, console))
         phase = Phase(data, config.sft.steps, config.sft.batch, config.sft.micro_batch)
         train(folder.path / "sft", policy, [phase], config.sft, config.seed, console)
         console.print(f"policy in {folder.path / 'sft'}", markup=False)
+
+
+def _start(config: SftConfig, mesh: Mesh) -> Policy:
+    """The policy on disk that is asked for, else a new one."""
+    if config.policy is not None:
+        return load_policy(config.policy, mesh=mesh)
+    path = config.tokenizer.path
+    tokenizer = load_tokenizer(path) if path else bundled_tokenizer()
+    return new_policy(config.model, tokenizer, config.seed, mesh)
+
+
+def _windows(config: SftConfig, chat: Chat, console: Console) -> WindowDataset:
+    return trajectory_windows(
+        chat,
+        read_recordings(config.data.path, skip_bad=config.data.skip_bad, on_skip=console.print),
+        config.splitting.policy(),
+        on_skip=console.print if config.data.skip_bad else None,
+    )
 
 
 def train(
@@ -73,7 +95,11 @@ def train(
         state = run_sft(
             phases,
             fresh_state(policy, optimizer),
-            Trainer(sft_loss(policy.graph, remat=section.remat), make_optimizer(optimizer)),
+            Trainer(
+                sft_loss(policy.graph, remat=section.remat),
+                make_optimizer(optimizer),
+                section.router_bias_rate,
+            ),
             checkpoints,
             metrics,
             seed=seed,
@@ -81,7 +107,7 @@ def train(
             on_step=lambda row: advance(1, f"{row['phase']}: loss {row['loss']:.3f}"),
         )
     checkpoints.close()
-    return Policy(policy.config, policy.graph, state.params, policy.tokenizer)
+    return replace(policy, params=state.params)
 
 
 def trajectory_windows(

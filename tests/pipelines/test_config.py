@@ -20,7 +20,10 @@ GIVEN = {
     "distill": ["tasks=x", "output=y"],
     "rl": ["policy=x", "tasks=y"],
     "eval": ["policy=x", "tasks=y"],
+    "convert": ["source=x", "output=y"],
     "rubric": ["path=x"],
+    "aot": ["topology=v5e:2x2"],
+    "bench": ["what=attention"],
     "report": ["path=x"],
 }
 
@@ -88,6 +91,9 @@ def test_values_become_what_the_pipelines_use() -> None:
         (["clock.kind=sundial"], "'virtual' or 'wall'"),
         (["run.id=a/b"], "run.id"),
         (["seed=${nowhere}"], "nowhere"),
+        (["mesh.fsdp=-1"], "mesh.fsdp=-1"),
+        (["kernels.attention=fast"], "kernels.attention=fast: there is no such backend; choose"),
+        (["+kernels.softmax=cpu"], "kernels.softmax is no setting"),
     ],
 )
 def test_what_does_not_fit_is_refused_by_name(overrides: list[str], said: str) -> None:
@@ -95,6 +101,23 @@ def test_what_does_not_fit_is_refused_by_name(overrides: list[str], said: str) -
         settings("recipe", *overrides)
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["processes.count=2"], "give all three or none"),
+        (
+            ["processes.coordinator=a:1", "processes.count=2", "processes.index=2"],
+            "processes.index=2: must be below processes.count=2",
+        ),
+        (["processes.coordinator=a"], 'processes.coordinator="a"'),
+    ],
+)
+def test_processes_are_described_in_full(overrides: list[str], said: str) -> None:
+    with pytest.raises(UserError) as caught:
+        settings("sft", "data.path=x", *overrides)
+    assert said in str(caught.value)
 
 
 def test_what_must_be_given_is_asked_for() -> None:

@@ -42,6 +42,8 @@ def test_the_same_settings_resume_and_changed_ones_do_not_mix(tmp_path: Path) ->
     assert name(recipe(tmp_path, "seed=1")).startswith("recipe-smoke-seed1-")
     assert name(recipe(tmp_path, "sft.steps=50")) != first
     assert name(recipe(tmp_path / "elsewhere")) == first, "where a run lives is not what it is"
+    moved = recipe(tmp_path, "mesh.tensor=2", "kernels.attention=reference")
+    assert name(moved) == first, "nor is on what it computes"
 
 
 def test_fresh_takes_the_next_suffix(tmp_path: Path) -> None:

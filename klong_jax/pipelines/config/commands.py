@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, model_validator
 
 from klong_jax.core.errors import UserError
 from klong_jax.pipelines.config.acting import (
@@ -17,6 +17,12 @@ from klong_jax.pipelines.config.acting import (
     SandboxSection,
     TasksSection,
     TeacherSection,
+)
+from klong_jax.pipelines.config.pods import (
+    AotConfig,
+    KernelsSection,
+    MeshSection,
+    ProcessesSection,
 )
 from klong_jax.pipelines.config.section import Section
 from klong_jax.pipelines.config.training import (
@@ -37,6 +43,8 @@ class ActingConfig(Section):
     seed: int = Field(ge=0)
     """Everything random follows from it."""
     run: RunSection
+    mesh: MeshSection
+    kernels: KernelsSection
     clock: ClockSection
     sandbox: SandboxSection
     queue: QueueSection
@@ -118,16 +126,34 @@ class SftConfig(Section):
     seed: int = Field(ge=0)
     """Everything random follows from it."""
     run: RunSection
+    processes: ProcessesSection
+    mesh: MeshSection
+    kernels: KernelsSection
     data: DataSection
+    policy: Path | None
+    """Folder of the policy to start from, such as one that klong convert made; null trains a new
+    one from scratch."""
     tokenizer: TokenizerSection
     model: ModelSection
     splitting: SplittingSection
     sft: SftSection
 
+    @model_validator(mode="after")
+    def _starts_once(self, info: ValidationInfo) -> Self:
+        given: list[str] = (info.context or {}).get("given", [])
+        other = next((name for name in given if name.split(".")[0] in ("model", "tokenizer")), None)
+        if self.policy is not None and other is not None:
+            raise UserError(
+                f"policy={self.policy}: brings its own model and tokenizer, which {other} "
+                "contradicts; leave one of the two out."
+            )
+        return self
+
 
 class RlConfig(Reinforcing):
     """Progressive RL from a policy that `klong sft` or an earlier RL wrote."""
 
+    processes: ProcessesSection
     policy: Path
     """Folder of the policy to start from, such as runs/ID/sft."""
     tasks: Path
@@ -142,6 +168,27 @@ class EvalConfig(ActingConfig):
     tasks: Path
     """Folder of task folders."""
     eval: EvalSection
+
+
+class ConvertConfig(Section):
+    """Weights from a Hugging Face directory to a policy, or from a policy to such a directory."""
+
+    source: Path
+    """A Hugging Face directory to import, or the folder of a policy to export."""
+    output: Path
+    """Folder to make: a policy, or a directory that transformers loads."""
+    original: Path | None
+    """The Hugging Face directory that an exported policy came from: what the decoder has no use for
+    is carried over from it, and each tensor is written in its dtype."""
+    dtype: Literal["float32", "bfloat16"] | None
+    """What the decoder's weights are cast to; null keeps each as it is."""
+    compute: Literal["float32", "bfloat16"] | None
+    """What an imported policy computes in; null is what the source's weights are stored in."""
+    mesh: MeshSection
+    shard_gb: float = Field(gt=0)
+    """Most gigabytes in one file of an export."""
+    overwrite: bool
+    """Replace a model that is already in the output folder."""
 
 
 class RubricConfig(Section):
@@ -177,6 +224,17 @@ class SandboxConfig(Section):
     """Where workspaces live; null is the temporary directory."""
 
 
+class BenchConfig(Section):
+    """The speed of a kernel on this machine, beside its peers and bare matrix multiplications."""
+
+    what: Literal["attention", "grouped_matmul", "linear_cross_entropy"]
+    """The kernel."""
+    backend: str | None
+    """Its backend; null takes the one of this platform."""
+    repeats: int = Field(gt=0)
+    """Calls whose median time counts."""
+
+
 class DoctorConfig(Section):
     """What this machine can do."""
 
@@ -196,9 +254,12 @@ CONFIGS: dict[str, type[Section]] = {
     "sft": SftConfig,
     "rl": RlConfig,
     "eval": EvalConfig,
+    "convert": ConvertConfig,
+    "aot": AotConfig,
     "rubric": RubricConfig,
     "report": ReportConfig,
     "sandbox": SandboxConfig,
+    "bench": BenchConfig,
     "doctor": DoctorConfig,
 }
 """The settings of each command; configs/COMMAND.yaml holds their defaults."""

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field, model_validator
 
 from klong_jax.core.errors import UserError
+from klong_jax.models.config import Remat
 from klong_jax.pipelines.config.section import Section
 from klong_jax.rl.stages import Stage, check_stages
 from klong_jax.splitting.policy import ContextPolicy
@@ -33,6 +34,8 @@ class ModelSection(Section):
     """Base of the rotary frequencies."""
     tie_embeddings: bool
     """Whether output and input embeddings are one."""
+    compute: Literal["float32", "bfloat16"]
+    """What parameters, held in float32, are cast to where they are used."""
 
     @model_validator(mode="after")
     def _heads(self) -> "ModelSection":
@@ -137,9 +140,12 @@ class SftSection(Section):
     batch: int = Field(gt=0)
     """Windows a step."""
     micro_batch: int = Field(gt=0)
-    """Windows a gradient call."""
-    remat: bool
-    """Recompute activations in the backward pass: less memory, a third more work."""
+    """Windows a gradient call, rounded up to what the mesh's data, fsdp and expert share evenly."""
+    remat: Remat
+    """What a layer keeps for its backward pass: none recomputes nothing, full everything but the
+    layer's input; attention keeps what attention gave, dots the results of matrix products."""
+    router_bias_rate: float = Field(ge=0)
+    """What a step moves the routers' biases by to even out the load of experts; 0 leaves them."""
     save_every: int = Field(gt=0)
     """Steps between checkpoints."""
     optimizer: OptimizerSection
@@ -177,9 +183,12 @@ class RlSection(Section):
     tokens_per_rollout: int = Field(gt=0)
     """The loss's constant C: about how many tokens a rollout samples."""
     micro_batch: int = Field(gt=0)
-    """Windows a gradient call."""
-    remat: bool
-    """Recompute activations in the backward pass: less memory, a third more work."""
+    """Windows a gradient call, rounded up to what the mesh's data, fsdp and expert share evenly."""
+    remat: Remat
+    """What a layer keeps for its backward pass: none recomputes nothing, full everything but the
+    layer's input; attention keeps what attention gave, dots the results of matrix products."""
+    router_bias_rate: float = Field(ge=0)
+    """What a step moves the routers' biases by to even out the load of experts; 0 leaves them."""
     clip: float = Field(gt=0)
     """How far the probability ratio may move from 1."""
     importance_cap: float = Field(gt=0)

@@ -1,0 +1,170 @@
+"""`klong sft` and RL on meshes and in several processes: the same numbers as on one device.
+
+Devices are simulated on the CPU, in processes of their own because their number is fixed at start.
+"""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+RL_WORKER = Path(__file__).with_name("rl_worker.py")
+TOLERANCE = 1e-5
+STEPS, SAVE_EVERY = 12, 4
+SETTINGS = [
+    "run.id=run",
+    *(f"model.{name}" for name in ("hidden_size=16", "num_layers=2", "num_heads=4")),
+    *(f"model.{name}" for name in ("num_kv_heads=2", "head_dim=8", "intermediate_size=32")),
+    *("splitting.context_limit=128", "splitting.overlap=32", "splitting.reserve=24"),
+    *(f"sft.steps={STEPS}", "sft.batch=4", "sft.micro_batch=2", f"sft.save_every={SAVE_EVERY}"),
+    *(f"sft.optimizer.{name}" for name in ("kind=adamw", "learning_rate=0.003", "warmup_steps=2")),
+]  # fmt: skip
+
+
+def start(command: list[str], devices: int, index: int = 0) -> subprocess.Popen[str]:
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
+    environment = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        [sys.executable, *command],
+        env=os.environ | environment | {"COLUMNS": "160"},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+def finish(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
+    said = [process.communicate() for process in processes]
+    return [(p.returncode, *both) for p, both in zip(processes, said, strict=True)]
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def klong_sft(*settings: str, processes: int = 1, devices: int) -> list[subprocess.Popen[str]]:
+    """Starts the command in each process."""
+    command = ["-m", "klong_jax.cli", "sft", *SETTINGS, *settings]
+    if processes == 1:
+        return [start(command, devices)]
+    together = [f"processes.coordinator=127.0.0.1:{free_port()}", f"processes.count={processes}"]
+    return [
+        start([*command, *together, f"processes.index={index}"], devices)
+        for index in range(processes)
+    ]
+
+
+def rows(root: Path, stage: str = "sft") -> list[dict[str, Any]]:
+    path = root / "run" / stage / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def same(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> None:
+    """Every number of every step, but for what the clock says."""
+    assert [row["step"] for row in one] == [row["step"] for row in other]
+    for left, right in zip(one, other, strict=True):
+        for name in left.keys() - {"seconds", "phase"}:
+            assert left[name] == pytest.approx(right[name], rel=TOLERANCE, abs=1e-6), name
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    path = tmp_path / "demonstrations.jsonl"
+    with path.open("w") as lines:
+        for task in range(4):
+            messages = [{"role": "system", "content": "You build things."}]
+            for turn in range(7):
+                messages.append({"role": "user", "content": f"add {task} and {turn}"})
+                messages.append({"role": "assistant", "content": f"the sum is {task + turn}"})
+            lines.write(json.dumps({"messages": messages}) + "\n")
+    return path
+
+
+@pytest.mark.slow
+def test_sft_is_the_same_on_every_mesh_and_resumes_a_killed_run_on_any(
+    tmp_path: Path, data: Path
+) -> None:
+    roots = {name: tmp_path / name for name in ("alone", "killed", "moved")}
+    given = {name: (f"data.path={data}", f"run.root={root}") for name, root in roots.items()}
+    ((code, _, err),) = finish(klong_sft(*given["alone"], devices=1))
+    assert code == 0, err
+
+    running = klong_sft(*given["killed"], "mesh.context=2", processes=2, devices=4)
+    while len(rows(roots["killed"])) <= SAVE_EVERY and running[0].poll() is None:
+        time.sleep(0.02)
+    for process in running:
+        process.send_signal(signal.SIGKILL)
+    assert [code for code, _, _ in finish(running)] == [-signal.SIGKILL] * 2
+    assert SAVE_EVERY < len(rows(roots["killed"])) < STEPS
+    shutil.copytree(roots["killed"], roots["moved"])
+
+    # The same command resumes, and so does one on another mesh, in one process.
+    resumed = klong_sft(*given["killed"], "mesh.context=2", processes=2, devices=4)
+    (code, out, err), (other_code, other_out, other_err) = finish(resumed)
+    assert (code, other_code) == (0, 0), err + other_err
+    assert "policy in" in out
+    assert "policy in" not in other_out, "only the first process talks"
+    ((code, _, err),) = finish(
+        klong_sft(*given["moved"], "mesh.data=2", "mesh.tensor=2", devices=8)
+    )
+    assert code == 0, err
+    for name in ("killed", "moved"):
+        same(rows(roots[name]), rows(roots["alone"]))
+
+
+def test_a_mesh_that_does_not_fit_is_one_sentence(tmp_path: Path, data: Path) -> None:
+    given = (f"data.path={data}", f"run.root={tmp_path}")
+    for mesh, said in (
+        ("mesh.tensor=3", "mesh: mesh.fsdp=0 cannot take what mesh.tensor=3 leaves of 8 devices"),
+        ("mesh.fsdp=4", "mesh: fsdp 4 takes 4 devices, but there are 8"),
+        ("mesh.data=3", "mesh.data=3"),
+    ):
+        ((code, _, err),) = finish(klong_sft(*given, mesh, devices=8))
+        assert (code, err.count("\n")) == (2, 1), err
+        assert said in err
+
+
+def test_what_one_process_lacks_ends_both_in_one_sentence(tmp_path: Path, data: Path) -> None:
+    together = [f"processes.coordinator=127.0.0.1:{free_port()}", "processes.count=2"]
+    command = ["-m", "klong_jax.cli", "sft", *SETTINGS, *together, f"run.root={tmp_path}"]
+    given = (f"data.path={data}", "data.path=/nowhere")
+    running = [
+        start([*command, path, f"processes.index={index}"], 1) for index, path in enumerate(given)
+    ]
+    for code, _, err in finish(running):
+        assert code == 2, err
+        assert "klong sft: /nowhere: no such file" in err
+    assert not rows(tmp_path)
+
+
+@pytest.mark.slow
+def test_rl_is_the_same_on_every_mesh_and_in_two_processes(tmp_path: Path) -> None:
+    worker = [str(RL_WORKER), str(tmp_path)]
+    meshes = [json.dumps(mesh) for mesh in ({}, {"fsdp": 4, "tensor": 2})]
+    ((code, _, err),) = finish([start([*worker, *meshes], 8)])
+    assert code == 0, err
+    coordinator = f"127.0.0.1:{free_port()}"
+    both = [
+        start([*worker, "--process", coordinator, str(index), meshes[1]], 4) for index in range(2)
+    ]
+    for code, _, err in finish(both):
+        assert code == 0, err
+    alone, sharded, spread = (
+        rows(tmp_path / name, "rl") for name in ("1-devices", "8-devices", "2-processes")
+    )
+    assert [row["windows"] > 0 for row in alone] == [True] * 3
+    assert all(row["grad_norm"] > 0 for row in alone)
+    assert alone[-1]["kl"] > 0, "the policy moved away from its reference"
+    same(sharded, alone)
+    same(spread, alone)
