@@ -24,7 +24,6 @@ TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 64, (8, 16)))
 GRAPH, PARAMS = build(CONFIG, 0, DTypes("float64", "float64"))
 # The last keeps a window's tokens on all devices of the expert axis: nothing to exchange.
 MESHES = (
-    (MeshShape(expert=4, fsdp=2), TRAINING),
     (MeshShape(expert=2, context=2, tensor=2), TRAINING),
     (MeshShape(expert=2, fsdp=4), ShardingRules(batch=("fsdp",))),
 )

@@ -100,7 +100,7 @@ def bias_of(params: object) -> np.ndarray:
 def test_training_evens_out_the_load_and_moves_the_bias_by_nothing_else() -> None:
     graph, params, batch = skewed()
     before = bias_of(params)
-    optimizer = make_optimizer(OptimizerConfig("muon", 1e-3, weight_decay=0.5))
+    optimizer = make_optimizer(OptimizerConfig("adamw", 1e-3, weight_decay=0.5))
     rows = []
     for rate in (0.0, 0.03):
         trainer = Trainer(sft_loss(graph, remat="none"), optimizer, rate)
@@ -139,7 +139,7 @@ def test_experts_over_a_mesh_equal_one_device(capsys: pytest.CaptureFixture[str]
     with capsys.disabled():
         for row in measured:
             Console(width=120).print(row)
-    assert len(measured) == 3
+    assert len(measured) == 2
     for row in measured:
         assert row["loss"] < 1e-12
         assert row["gradients"] < 1e-10
