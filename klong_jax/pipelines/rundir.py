@@ -20,6 +20,7 @@ from klong_jax.parallel.distributed import from_first, together
 from klong_jax.pipelines.config.acting import RunSection
 from klong_jax.pipelines.config.section import Section
 
+_LOCK = ".lock"
 _CIRCUMSTANCES = {"run", "processes", "mesh", "kernels"}
 """Sections that say where and on what a run computes, not what: they may change between starts."""
 
@@ -86,7 +87,9 @@ def _held(command: str, values: dict[str, Json], run: RunSection) -> Iterator[Pa
     with _locked(path):
         config = path / "config.json"
         recorded = {"command": command, **values}
-        if not config.exists():
+        # A run that was refused before it did anything takes corrected settings.
+        begun = any(entry.name not in (config.name, _LOCK) for entry in path.iterdir())
+        if not begun or not config.exists():
             write_json(config, recorded)
         elif (found := read_json(config)) != recorded:
             changed = sorted(k for k in {*found, *recorded} if found.get(k) != recorded.get(k))
@@ -128,7 +131,7 @@ def _locked(path: Path) -> Iterator[None]:
     """Holds the folder's lock; the kernel lets go of it however the process ends."""
     try:
         # Not a file object: closing one writes again what a full disk refused.
-        lock = os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        lock = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
         raise UserError(
             f"{path}: cannot be used for a run ({error.strerror}); choose another with run.id."

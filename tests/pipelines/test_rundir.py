@@ -54,7 +54,9 @@ def test_fresh_takes_the_next_suffix(tmp_path: Path) -> None:
 
 
 def test_a_named_run_keeps_its_settings(tmp_path: Path) -> None:
-    assert name(recipe(tmp_path, "run.id=mine")) == "mine"
+    assert name(recipe(tmp_path, "run.id=mine", "seed=7")) == "mine"
+    assert name(recipe(tmp_path, "run.id=mine")) == "mine", "nothing was done with other settings"
+    (tmp_path / "mine" / "sft").mkdir()
     with pytest.raises(UserError, match=r"mine: holds a run of other settings \(seed, sft\)"):
         name(recipe(tmp_path, "run.id=mine", "seed=1", "sft.steps=50"))
     assert read_json(tmp_path / "mine" / "config.json")["seed"] == 0
