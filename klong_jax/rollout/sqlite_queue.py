@@ -8,6 +8,7 @@ on a local disk, because SQLite's locks do not hold on network file systems.
 import json
 import sqlite3
 import threading
+import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -107,11 +108,28 @@ class SqliteQueue:
             with self._transaction() as db:
                 self._create_or_check(db)
             with self._errors():
-                self._db.execute("PRAGMA journal_mode = WAL")
+                self._write_ahead()
                 self._db.execute("PRAGMA synchronous = NORMAL")
         except BaseException:
             self._db.close()
             raise
+
+    def _write_ahead(self) -> None:
+        """Switches the file to a write-ahead log, unless somebody has.
+
+        The switch turns a read lock into an exclusive one. While another process writes, SQLite
+        refuses that at once whatever the timeout: two that upgrade would wait for each other.
+        """
+        deadline = time.monotonic() + _BUSY_S
+        while True:
+            try:
+                self._db.execute("PRAGMA journal_mode = WAL")
+                return
+            except sqlite3.OperationalError as error:
+                busy = error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY
+                if not busy or time.monotonic() > deadline:
+                    raise
+            time.sleep(0.01)
 
     def _create_or_check(self, db: sqlite3.Connection) -> None:
         (mark,) = db.execute("PRAGMA application_id").fetchone()

@@ -7,8 +7,10 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
 from itertools import chain
 from multiprocessing import get_context
@@ -31,6 +33,7 @@ from klong_jax.core.rollout import Verdict
 from klong_jax.core.trajectory import Status
 from klong_jax.rollout import open_queue
 from klong_jax.rollout.queue import RolloutQueue, State
+from klong_jax.rollout.sqlite_queue import SqliteQueue
 
 Opener = Callable[[], RolloutQueue]
 
@@ -228,10 +231,26 @@ def test_processes_create_and_drain_one_file(tmp_path: Path) -> None:
     assert sorted(chain.from_iterable(done)) == sorted(f"r{i}" for i in range(40))
 
 
+def test_a_file_that_another_writes_gets_its_log_when_that_is_done(tmp_path: Path) -> None:
+    path = tmp_path / "queue.sqlite"
+    queue = SqliteQueue(path)
+    # As creators that meet find it: with the tables, not yet with the log, locked by one of them.
+    queue._db.execute("PRAGMA journal_mode = DELETE")
+    with closing(sqlite3.connect(path, isolation_level=None, check_same_thread=False)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.raises(sqlite3.OperationalError, match="locked"):
+            queue._db.execute("PRAGMA journal_mode = WAL")
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(lambda: (time.sleep(0.1), other.execute("COMMIT")))
+            queue._write_ahead()
+    assert queue._db.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+
+
 # --- death ---------------------------------------------------------------------------------------
 
 WORKER = """
 import sys
+import time
 from queue_helpers import finish
 from klong_jax.rollout import open_queue
 path, worker = sys.argv[1:]
@@ -325,6 +344,7 @@ def test_a_server_that_does_not_answer_is_one_sentence() -> None:
 
 FILLER = """
 import sys
+import time
 from queue_helpers import request
 from klong_jax.core.errors import UserError
 from klong_jax.rollout import open_queue
