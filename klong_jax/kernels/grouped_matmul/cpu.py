@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from klong_jax.kernels.grouped_matmul.gradient import differentiable
+
 _LEAST_TILE, _MOST_TILE = 8, 256
 
 
@@ -26,40 +28,16 @@ class Tiles(NamedTuple):
     rows: Int[Array, "n"]
 
 
-@jax.custom_vjp
-def grouped_matmul(
-    lhs: Float[Array, "m k"], rhs: Float[Array, "e k n"], group_sizes: Int[Array, "e"]
-) -> Float[Array, "m n"]:
-    """Multiplies each group's rows with its matrix."""
-    return _product(lhs, rhs, group_sizes, "tk,kn->tn")
-
-
-Residuals = tuple[Float[Array, "m k"], Float[Array, "e k n"], Int[Array, "e"]]
-
-
-def _forward(
-    lhs: Float[Array, "m k"], rhs: Float[Array, "e k n"], group_sizes: Int[Array, "e"]
-) -> tuple[Float[Array, "m n"], Residuals]:
-    return grouped_matmul(lhs, rhs, group_sizes), (lhs, rhs, group_sizes)
-
-
-def _backward(
-    residuals: Residuals, d_out: Float[Array, "m n"]
-) -> tuple[Float[Array, "m k"], Float[Array, "e k n"], None]:
-    lhs, rhs, group_sizes = residuals
-    d_lhs = _product(d_out, rhs, group_sizes, "tn,kn->tk")
-    return d_lhs, _outer(lhs, d_out, group_sizes).astype(rhs.dtype), None
-
-
-grouped_matmul.defvjp(_forward, _backward)
-
-
 def _product(
-    lhs: Float[Array, "m a"], rhs: Float[Array, "e k n"], group_sizes: Int[Array, "e"], how: str
+    lhs: Float[Array, "m a"],
+    rhs: Float[Array, "e k n"],
+    group_sizes: Int[Array, "e"],
+    *,
+    transposed: bool,
 ) -> Float[Array, "m b"]:
     size = _tile_size(lhs.shape[0], rhs.shape[0])
     padded = _padded(lhs, size)
-    width = rhs.shape[2] if how.endswith("n") else rhs.shape[1]
+    width, how = (rhs.shape[1], "tn,kn->tk") if transposed else (rhs.shape[2], "tk,kn->tn")
 
     def one(out: Float[Array, "p b"], tile: Tiles) -> tuple[Float[Array, "p b"], None]:
         rows = _rows(padded, tile, size)
@@ -117,3 +95,7 @@ def _tile_size(rows: int, groups: int) -> int:
     """About half a group, a power of two: little of a group's last tile is empty."""
     half = max(1, rows // (2 * groups))
     return min(_MOST_TILE, max(_LEAST_TILE, 1 << half.bit_length() - 1))
+
+
+grouped_matmul = differentiable(_product, _outer)
+"""Multiplies each group's rows with its matrix; all other rows are zeros."""

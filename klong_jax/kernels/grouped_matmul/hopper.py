@@ -13,35 +13,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from klong_jax.kernels import hopper
+from klong_jax.kernels.grouped_matmul.gradient import differentiable
 from klong_jax.kernels.hopper import HALF, ROWS, STEP, STORED, Run
-
-
-@jax.custom_vjp
-def grouped_matmul(
-    lhs: Float[Array, "m k"], rhs: Float[Array, "e k n"], group_sizes: Int[Array, "e"]
-) -> Float[Array, "m n"]:
-    """Multiplies each group's rows with its matrix; other rows hold anything."""
-    return _product(lhs, rhs, group_sizes, transposed=False)
-
-
-Residuals = tuple[Float[Array, "m k"], Float[Array, "e k n"], Int[Array, "e"]]
-
-
-def _forward(
-    lhs: Float[Array, "m k"], rhs: Float[Array, "e k n"], group_sizes: Int[Array, "e"]
-) -> tuple[Float[Array, "m n"], Residuals]:
-    return grouped_matmul(lhs, rhs, group_sizes), (lhs, rhs, group_sizes)
-
-
-def _backward(
-    residuals: Residuals, d_out: Float[Array, "m n"]
-) -> tuple[Float[Array, "m k"], Float[Array, "e k n"], None]:
-    lhs, rhs, group_sizes = residuals
-    d_lhs = _product(d_out, rhs, group_sizes, transposed=True)
-    return d_lhs, _outer(lhs, d_out, group_sizes), None
-
-
-grouped_matmul.defvjp(_forward, _backward)
 
 
 def _product(
@@ -187,3 +160,7 @@ def _outer(
 
     run = hopper.kernel(body, jax.ShapeDtypeStruct((groups, inner, outer), lhs.dtype))
     return run(starts, ends, lhs, d_out)
+
+
+grouped_matmul = differentiable(_product, _outer)
+"""Multiplies each group's rows with its matrix; other rows hold anything."""

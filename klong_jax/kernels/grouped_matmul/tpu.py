@@ -2,10 +2,11 @@
 
 from functools import partial
 
-import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
 from jaxtyping import Array, Float, Int
+
+from klong_jax.kernels.grouped_matmul.gradient import differentiable
 
 _LANES = 128
 _MOST_ROWS, _MOST_COLUMNS = 512, 1024
@@ -29,54 +30,41 @@ def grouped_matmul(
     rows = lhs.shape[0]
     tile = _row_tile(rows, rhs.shape[0])
     padded = jnp.pad(lhs, ((0, -rows % tile), (0, 0)))
-    out: Array = _product(padded, rhs, group_sizes.astype(jnp.int32), tile, interpret)
-    return out[:rows]
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _product(
-    lhs: Float[Array, "m k"],
-    rhs: Float[Array, "e k n"],
-    group_sizes: Int[Array, "e"],
-    tile: int,
-    interpret: bool,
-) -> Float[Array, "m n"]:
-    tiling = tile, _tile(rhs.shape[1]), _tile(rhs.shape[2])
-    return gmm(lhs, rhs, group_sizes, lhs.dtype, tiling, interpret=interpret)
-
-
-Residuals = tuple[Float[Array, "m k"], Float[Array, "e k n"], Int[Array, "e"]]
-
-
-def _forward(
-    lhs: Float[Array, "m k"],
-    rhs: Float[Array, "e k n"],
-    group_sizes: Int[Array, "e"],
-    tile: int,
-    interpret: bool,
-) -> tuple[Float[Array, "m n"], Residuals]:
-    return _product(lhs, rhs, group_sizes, tile, interpret), (lhs, rhs, group_sizes)
-
-
-def _backward(
-    tile: int, interpret: bool, residuals: Residuals, d_out: Float[Array, "m n"]
-) -> tuple[Float[Array, "m k"], Float[Array, "e k n"], None]:
-    lhs, rhs, group_sizes = residuals
-    inner, outer = _tile(rhs.shape[1]), _tile(rhs.shape[2])
-    d_lhs = gmm(
-        d_out,
-        rhs,
-        group_sizes,
-        lhs.dtype,
-        (tile, outer, inner),
-        transpose_rhs=True,
-        interpret=interpret,
+    run = differentiable(
+        partial(_product, tile=tile, interpret=interpret),
+        partial(_outer, tile=tile, interpret=interpret),
     )
-    d_rhs = tgmm(lhs.T, d_out, group_sizes, rhs.dtype, (tile, inner, outer), interpret=interpret)
-    return d_lhs, d_rhs, None
+    return run(padded, rhs, group_sizes.astype(jnp.int32))[:rows]
 
 
-_product.defvjp(_forward, _backward)
+def _product(
+    lhs: Float[Array, "m a"],
+    rhs: Float[Array, "e k n"],
+    group_sizes: Int[Array, "e"],
+    *,
+    transposed: bool,
+    tile: int,
+    interpret: bool,
+) -> Float[Array, "m b"]:
+    inner, outer = _tile(rhs.shape[1]), _tile(rhs.shape[2])
+    tiling = (tile, outer, inner) if transposed else (tile, inner, outer)
+    out: Array = gmm(
+        lhs, rhs, group_sizes, lhs.dtype, tiling, transpose_rhs=transposed, interpret=interpret
+    )
+    return out
+
+
+def _outer(
+    lhs: Float[Array, "m k"],
+    d_out: Float[Array, "m n"],
+    group_sizes: Int[Array, "e"],
+    *,
+    tile: int,
+    interpret: bool,
+) -> Float[Array, "e k n"]:
+    tiling = tile, _tile(lhs.shape[1]), _tile(d_out.shape[1])
+    out: Array = tgmm(lhs.T, d_out, group_sizes, lhs.dtype, tiling, interpret=interpret)
+    return out
 
 
 def _row_tile(rows: int, groups: int) -> int:

@@ -13,38 +13,11 @@ from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int
 
 from klong_jax.kernels.grouped_matmul.cpu import tiles
+from klong_jax.kernels.grouped_matmul.gradient import differentiable
 
 _ROWS, _COLUMNS, _STEP = 128, 128, 32
 _PARAMETERS = plt.CompilerParams(num_warps=4, num_stages=4)
 _load = partial(plt.load, other=0)
-
-
-@jax.custom_vjp
-def grouped_matmul(
-    lhs: Float[Array, "m k"], rhs: Float[Array, "e k n"], group_sizes: Int[Array, "e"]
-) -> Float[Array, "m n"]:
-    """Multiplies each group's rows with its matrix; other rows hold anything."""
-    return _product(lhs, rhs, group_sizes, transposed=False)
-
-
-Residuals = tuple[Float[Array, "m k"], Float[Array, "e k n"], Int[Array, "e"]]
-
-
-def _forward(
-    lhs: Float[Array, "m k"], rhs: Float[Array, "e k n"], group_sizes: Int[Array, "e"]
-) -> tuple[Float[Array, "m n"], Residuals]:
-    return grouped_matmul(lhs, rhs, group_sizes), (lhs, rhs, group_sizes)
-
-
-def _backward(
-    residuals: Residuals, d_out: Float[Array, "m n"]
-) -> tuple[Float[Array, "m k"], Float[Array, "e k n"], None]:
-    lhs, rhs, group_sizes = residuals
-    d_lhs = _product(d_out, rhs, group_sizes, transposed=True)
-    return d_lhs, _outer(lhs, d_out, group_sizes), None
-
-
-grouped_matmul.defvjp(_forward, _backward)
 
 
 class _Span(NamedTuple):
@@ -129,3 +102,7 @@ def _outer(
 
 def _run(body: Any, shape: jax.ShapeDtypeStruct, programs: int) -> Any:
     return pl.pallas_call(body, out_shape=shape, grid=(programs,), compiler_params=_PARAMETERS)
+
+
+grouped_matmul = differentiable(_product, _outer)
+"""Multiplies each group's rows with its matrix; other rows hold anything."""
