@@ -13,7 +13,7 @@ from klong_jax.core.task import Budget, Task
 from klong_jax.core.trajectory import Trajectory
 from klong_jax.llm.base import ChatModel
 from klong_jax.splitting.policy import ContextPolicy
-from klong_jax.text.chat import Chat
+from klong_jax.text.dialect import Dialect
 from sandbox.client import Sandbox
 
 
@@ -38,7 +38,7 @@ async def run_agent(
     task: Task,
     model: ChatModel,
     sandbox: Sandbox,
-    chat: Chat,
+    chat: Dialect,
     policy: ContextPolicy,
     budget: Budget,
     clock: Clock,

@@ -15,7 +15,7 @@ from klong_jax.core.message import Message
 from klong_jax.core.trajectory import Turn, WindowSpan
 from klong_jax.llm.base import Completion, Prompt
 from klong_jax.splitting.policy import ContextOverflow, ContextPolicy, WindowTracker
-from klong_jax.text.chat import Chat
+from klong_jax.text.dialect import Dialect
 
 # Tokens for the environment's words in one turn below which an agent cannot work.
 MIN_ROOM = 48
@@ -49,7 +49,7 @@ class Context:
 
     def __init__(
         self,
-        chat: Chat,
+        chat: Dialect,
         policy: ContextPolicy,
         session: str,
         opening: Sequence[Message],

@@ -26,7 +26,7 @@ from klong_jax.llm.base import (
     Prompt,
 )
 from klong_jax.splitting.policy import ContextPolicy
-from klong_jax.text.chat import Chat
+from klong_jax.text.dialect import Dialect
 from sandbox.client import Sandbox, SandboxError
 
 # Most tokens of a tool's answer, the paper's sections apart.
@@ -43,7 +43,7 @@ class Rollout:
         task: Task,
         model: ChatModel,
         sandbox: Sandbox,
-        chat: Chat,
+        chat: Dialect,
         policy: ContextPolicy,
         budget: Budget,
         clock: Clock,

@@ -5,7 +5,8 @@ from dataclasses import replace
 
 from klong_jax.core.message import ToolCall
 from klong_jax.llm.base import Completion
-from klong_jax.text.chat import Chat, parse_output
+from klong_jax.text.chat import parse_output
+from klong_jax.text.dialect import Dialect
 
 
 def spoken(completion: Completion) -> Completion:
@@ -23,7 +24,7 @@ def spoken(completion: Completion) -> Completion:
     return replace(completion, message=message, problem=problem)
 
 
-def output_ids(chat: Chat, completion: Completion) -> tuple[int, ...]:
+def output_ids(chat: Dialect, completion: Completion) -> tuple[int, ...]:
     """The sampled tokens; of a model that gives none, what the dialect would have sampled."""
     if completion.output_ids:
         return completion.output_ids

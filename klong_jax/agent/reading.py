@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from klong_jax.core.message import Message, ToolCall
-from klong_jax.text.chat import Chat
+from klong_jax.text.dialect import Dialect
 
 
 class Reading:
@@ -45,7 +45,7 @@ class Reading:
         """One line that says which sections there are."""
         return f"The paper has sections 1 to {len(self._sections)}; name one by number."
 
-    def tokens(self, chat: Chat) -> int:
+    def tokens(self, chat: Dialect) -> int:
         """Tokens that reading every section once, one a turn, adds to the context."""
         return sum(
             len(chat.prompt_ids)

@@ -23,7 +23,7 @@ from klong_jax.llm.base import Completion, ContextLengthExceeded, Prompt
 from klong_jax.models.config import DecoderConfig, DTypes
 from klong_jax.models.decoder import FLOAT32, Cache, Decoder, Params, empty_cache
 from klong_jax.parallel.rules import active_rules, constrain, param_shardings, rounded_up
-from klong_jax.text.chat import Chat
+from klong_jax.text.dialect import Dialect
 
 Scope = Callable[[], AbstractContextManager[object]]
 """Opens what programs are traced and run under: a mesh with its rules, kernels."""
@@ -85,7 +85,7 @@ class Engine:
         self,
         graph: nnx.GraphDef[Decoder],
         model: DecoderConfig,
-        chat: Chat,
+        chat: Dialect,
         config: EngineConfig,
         dtypes: DTypes = FLOAT32,
         scope: Scope = nullcontext,

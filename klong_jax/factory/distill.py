@@ -22,7 +22,7 @@ from klong_jax.core.task import Budget, Task
 from klong_jax.core.trajectory import Status, Trajectory
 from klong_jax.llm.base import ChatModel
 from klong_jax.splitting.policy import ContextPolicy
-from klong_jax.text.chat import Chat
+from klong_jax.text.dialect import Dialect
 from klong_jax.text.formats import Recording, write_openai_jsonl
 from sandbox.client import SandboxClient, SandboxError, SandboxSpec
 
@@ -60,7 +60,7 @@ class Setup:
     client: SandboxClient
     spec: SandboxSpec
     judge: Judge
-    chat: Chat
+    chat: Dialect
     policy: ContextPolicy
     budget: Budget
     clock: Callable[[], Clock]

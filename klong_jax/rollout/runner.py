@@ -21,7 +21,7 @@ from klong_jax.judge.pool import JudgePool
 from klong_jax.llm.base import ChatModel
 from klong_jax.rollout.queue import RolloutQueue
 from klong_jax.splitting.policy import ContextPolicy
-from klong_jax.text.chat import Chat
+from klong_jax.text.dialect import Dialect
 from sandbox.client import SandboxClient, SandboxError, SandboxSpec
 
 _LEASE_S = 120.0
@@ -55,7 +55,7 @@ class RolloutRunner:
         tasks: Mapping[str, Task],
         client: SandboxClient,
         judges: JudgePool,
-        chat: Chat,
+        chat: Dialect,
         settings: RolloutSettings,
         *,
         slots: int,

@@ -9,7 +9,7 @@ from klong_jax.core.errors import UserError
 from klong_jax.core.message import Message
 from klong_jax.core.trajectory import Window, cut_window, token_stream
 from klong_jax.splitting.policy import ContextPolicy, split
-from klong_jax.text.chat import Chat
+from klong_jax.text.dialect import Dialect
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class WindowDataset:
 
 
 def windows_of(
-    chat: Chat,
+    chat: Dialect,
     messages: Sequence[Message],
     pinned_messages: int,
     policy: ContextPolicy,

@@ -8,11 +8,11 @@ document that spells a special token cannot end a turn.
 import json
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 
 from klong_jax.core.message import Message, ToolCall
 from klong_jax.core.trajectory import Turn
+from klong_jax.text.dialect import ParsedOutput
 from klong_jax.text.tokenizer import Tokenizer
 
 END_OF_TURN = "<|im_end|>"
@@ -20,21 +20,8 @@ _CALL = re.compile(r"<tool_call>(.*?)(?:</tool_call>|$)", re.DOTALL)
 _THINK = re.compile(r"^\s*<think>(.*?)</think>\s*", re.DOTALL)
 
 
-@dataclass(frozen=True)
-class ParsedOutput:
-    """What an assistant's text says.
-
-    Attributes:
-        message: The message; malformed calls are left out of it.
-        problem: One sentence on what was malformed, meant for the model; empty when fine.
-    """
-
-    message: Message
-    problem: str
-
-
 class Chat:
-    """Renders environment messages and assistant turns to tokens, and parses sampled text."""
+    """The dialect itself: renders messages and turns to tokens, and parses sampled text."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
