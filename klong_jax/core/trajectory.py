@@ -39,6 +39,8 @@ class Turn:
         gen_s: Active seconds of generation.
         tool_s: Active seconds of the tools that the turn called.
         wait_s: Seconds waited in queues, not active.
+        restart: Why the context does not extend the one before; empty where it does. Such a turn
+            begins a new window, and what is shown of earlier turns is part of its suffix.
     """
 
     suffix_ids: tuple[int, ...]
@@ -50,6 +52,7 @@ class Turn:
     gen_s: float = 0.0
     tool_s: float = 0.0
     wait_s: float = 0.0
+    restart: str = ""
 
     def __post_init__(self) -> None:
         if self.logprobs and len(self.logprobs) != len(self.output_ids):
@@ -70,6 +73,7 @@ class Turn:
             gen_s=value["gen_s"],
             tool_s=value["tool_s"],
             wait_s=value["wait_s"],
+            restart=value.get("restart", ""),
         )
 
 

@@ -102,13 +102,17 @@ class WindowTracker:
         """Whether the first window still holds everything."""
         return not self.closed
 
-    def open_turn(self, start: int, suffix_end: int, output_len: int = 0) -> int:
+    def open_turn(
+        self, start: int, suffix_end: int, output_len: int = 0, *, restart: bool = False
+    ) -> int:
         """Places the next turn.
 
         Args:
             start: Where the turn's suffix starts (or the prefix ends, if later).
             suffix_end: Where its suffix ends and its output begins.
             output_len: The output's length where it is known already.
+            restart: Whether the turn's context does not extend what is there: nothing of it is
+                kept beside the prefix.
 
         Returns:
             Where the history of the turn's window begins: the context is
@@ -118,6 +122,11 @@ class WindowTracker:
             ContextOverflow: The turn does not fit even without any history.
         """
         need = max(self.policy.reserve, output_len)
+        if restart:
+            if self._starts:
+                self._close()
+            self._starts = []
+            self._keep_from = self._fresh_from = start
 
         def fits(keep_from: int) -> bool:
             return self.prefix_len + suffix_end - keep_from + need <= self.policy.limit
@@ -185,7 +194,12 @@ def split(turns: Sequence[Turn], prefix_len: int, policy: ContextPolicy) -> tupl
         end = suffix_end + len(turn.output_ids)
         if end > prefix_len:
             try:
-                tracker.open_turn(max(position, prefix_len), suffix_end, len(turn.output_ids))
+                tracker.open_turn(
+                    max(position, prefix_len),
+                    suffix_end,
+                    len(turn.output_ids),
+                    restart=bool(turn.restart),
+                )
             except ContextOverflow as overflow:
                 raise UserError(f"turn {number}: {overflow}") from None
         tracker.close_turn(end)

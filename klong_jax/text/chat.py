@@ -7,7 +7,7 @@ document that spells a special token cannot end a turn.
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 
 from klong_jax.core.message import Message, ToolCall
@@ -18,6 +18,9 @@ from klong_jax.text.tokenizer import Tokenizer
 END_OF_TURN = "<|im_end|>"
 _CALL = re.compile(r"<tool_call>(.*?)(?:</tool_call>|$)", re.DOTALL)
 _THINK = re.compile(r"^\s*<think>(.*?)</think>\s*", re.DOTALL)
+
+# What stands in a <tool_call> and the identifier it gets; gives the call or what is wrong with it.
+ParseCall = Callable[[str, str], tuple[ToolCall | None, str]]
 
 
 class Chat:
@@ -119,10 +122,14 @@ class Chat:
         return self.tokenizer.encode(text, specials=False) if text else []
 
 
-def parse_output(text: str) -> ParsedOutput:
+def parse_output(text: str, parse_call: ParseCall | None = None) -> ParsedOutput:
     """Reads an assistant's text: thinking, content and tool calls.
 
     A malformed call never raises: the sampled turn stands, and the problem is told to the model.
+
+    Args:
+        text: What the assistant said.
+        parse_call: Reads what stands in a <tool_call>; Hermes' JSON if not given.
     """
     text = text.removesuffix(END_OF_TURN)
     reasoning = ""
@@ -131,7 +138,7 @@ def parse_output(text: str) -> ParsedOutput:
     calls: list[ToolCall] = []
     problem = ""
     for number, block in enumerate(_CALL.findall(text)):
-        call, complaint = _parse_call(block, f"call_{number}")
+        call, complaint = (parse_call or _parse_call)(block, f"call_{number}")
         if call:
             calls.append(call)
         problem = problem or complaint

@@ -1,5 +1,6 @@
 """Tokenizers behind one small protocol: a HF `tokenizer.json` or a sentencepiece `.model`."""
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol
@@ -41,6 +42,11 @@ class Tokenizer(Protocol):
         """Identifies the vocabulary; checkpoints refuse another one."""
         ...
 
+    @property
+    def specials(self) -> frozenset[str]:
+        """The texts of the special tokens that it has."""
+        ...
+
     def encode(self, text: str, *, specials: bool) -> list[int]:
         """Token ids of `text`; special tokens are recognised only if `specials`."""
         ...
@@ -67,6 +73,12 @@ class HuggingFaceTokenizer:
         """Identifies the vocabulary."""
         return self._hash
 
+    @property
+    def specials(self) -> frozenset[str]:
+        """The texts of the added tokens that are flagged as special."""
+        added = self._inner.get_added_tokens_decoder().values()
+        return frozenset(token.content for token in added if token.special)
+
     def encode(self, text: str, *, specials: bool) -> list[int]:
         """Token ids; outside the template a special token's text is ordinary text."""
         self._inner.encode_special_tokens = not specials
@@ -82,11 +94,22 @@ class HuggingFaceTokenizer:
 
 
 class SentencePieceTokenizer:
-    """A sentencepiece `.model`; chat tokens it lacks are spelled out in its own pieces."""
+    """A sentencepiece `.model`; chat tokens it lacks are spelled out in its own pieces.
+
+    A text is encoded as the continuation of another, without the space that sentencepiece puts
+    before the first word, so that texts encoded one by one decode to what they are together.
+    """
 
     def __init__(self, path: Path) -> None:
         self._inner = sentencepiece.SentencePieceProcessor(model_file=str(path))
         self._hash = content_hash(path.read_bytes())
+        size = self._inner.vocab_size()
+        self._controls: dict[str, int] = {
+            self._inner.id_to_piece(i): i for i in range(size) if self._inner.is_control(i)
+        }
+        self._spellings = {i: piece for piece, i in self._controls.items()}
+        # What a line's end is encoded as shows what is put before the first word.
+        self._line_end: list[int] = list(self._inner.encode("\n"))
 
     @property
     def vocab_size(self) -> int:
@@ -98,13 +121,41 @@ class SentencePieceTokenizer:
         """Identifies the vocabulary."""
         return self._hash
 
+    @property
+    def specials(self) -> frozenset[str]:
+        """The texts of the control symbols."""
+        return frozenset(self._controls)
+
     def encode(self, text: str, *, specials: bool) -> list[int]:
         """Token ids; sentencepiece itself decides on its user-defined symbols."""
-        return list(self._inner.encode(text))
+        if not specials or not self._controls:
+            return self._continue(text)
+        ids: list[int] = []
+        names = sorted(self._controls, key=len, reverse=True)
+        for part in re.split(f"({'|'.join(map(re.escape, names))})", text):
+            control = self._controls.get(part)
+            ids += self._continue(part) if control is None else [control]
+        return ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text."""
-        return str(self._inner.decode(list(ids)))
+        """The text, control symbols included."""
+        text, run = "", list[int]()
+        for token in ids:
+            if token in self._spellings:
+                text += self._text(run) + self._spellings[token]
+                run = []
+            else:
+                run.append(token)
+        return text + self._text(run)
+
+    def _continue(self, text: str) -> list[int]:
+        ids = list(self._inner.encode("\n" + text)) if text else []
+        length = len(self._line_end)
+        # Vocabularies that fold line ends into spaces show nothing to cut away.
+        return ids[length:] if ids[:length] == self._line_end else list(self._inner.encode(text))
+
+    def _text(self, ids: list[int]) -> str:
+        return str(self._inner.decode([*self._line_end, *ids])).removeprefix("\n") if ids else ""
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
