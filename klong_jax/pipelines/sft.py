@@ -13,6 +13,7 @@ from klong_jax.core.trajectory import Window
 from klong_jax.parallel.distributed import start_processes, together
 from klong_jax.pipelines.config.commands import SftConfig
 from klong_jax.pipelines.config.training import DrillSection, SftSection
+from klong_jax.pipelines.dialect import make_dialect
 from klong_jax.pipelines.policy import (
     Policy,
     describe_policy,
@@ -33,7 +34,7 @@ from klong_jax.sft.data import WindowDataset, windows_of
 from klong_jax.sft.loss import sft_loss
 from klong_jax.sft.run import Phase, run_sft
 from klong_jax.splitting.policy import ContextPolicy
-from klong_jax.text.chat import Chat
+from klong_jax.text.dialect import Dialect
 from klong_jax.text.formats import Recording, read_recordings
 from klong_jax.text.tokenizer import bundled_tokenizer, load_tokenizer
 from klong_jax.training.accumulate import Trainer
@@ -48,7 +49,7 @@ def run(config: SftConfig) -> None:
     console = open_console()
     mesh = device_mesh(config.mesh)
     policy = _start(config, mesh)
-    chat = Chat(policy.tokenizer)
+    chat = make_dialect(config.tokenizer, policy.tokenizer, policy.origin)
     with open_run("sft", config, config.run) as folder, computing(mesh, config.kernels):
         prepare_process(folder.path)
         data = together(lambda: _windows(config, chat, console))
@@ -66,7 +67,7 @@ def _start(config: SftConfig, mesh: Mesh) -> Policy:
     return new_policy(config.model, tokenizer, config.seed, mesh)
 
 
-def _windows(config: SftConfig, chat: Chat, console: Console) -> WindowDataset:
+def _windows(config: SftConfig, chat: Dialect, console: Console) -> WindowDataset:
     return trajectory_windows(
         chat,
         read_recordings(config.data.path, skip_bad=config.data.skip_bad, on_skip=console.print),
@@ -111,7 +112,7 @@ def train(
 
 
 def trajectory_windows(
-    chat: Chat,
+    chat: Dialect,
     recordings: Iterable[Recording],
     context: ContextPolicy,
     on_skip: Callable[[str], None] | None = None,
@@ -138,7 +139,7 @@ def trajectory_windows(
 
 def drill_windows(
     name: str,
-    chat: Chat,
+    chat: Dialect,
     conversations: Iterable[tuple[Message, ...]],
     section: DrillSection,
 ) -> WindowDataset:

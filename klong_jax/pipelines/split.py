@@ -11,14 +11,16 @@ from rich.table import Table
 from klong_jax.core.errors import UserError
 from klong_jax.core.jsonio import write_json
 from klong_jax.pipelines.config.commands import SplitConfig
+from klong_jax.pipelines.dialect import make_dialect, remarks
 from klong_jax.splitting.fit import fit_turns
 from klong_jax.splitting.plan import TrajectoryPlan, plan_windows
 from klong_jax.splitting.policy import ContextPolicy, split
-from klong_jax.text.chat import Chat
+from klong_jax.text.dialect import Dialect
 from klong_jax.text.formats import Recording, read_recordings
 from klong_jax.text.tokenizer import bundled_tokenizer, load_tokenizer
 
 _SHOWN_WINDOWS = 12
+_SHOWN_REMARKS = 6
 _MARKER = "\n[... cut to fit the context ...]\n"
 
 
@@ -34,7 +36,7 @@ def run(config: SplitConfig) -> None:
             "tokenizer.path=FILE takes your model's own.",
             style="dim",
         )
-    chat = Chat(tokenizer)
+    chat = make_dialect(config.tokenizer, tokenizer)
     skipped: list[str] = []
     recordings = list(
         read_recordings(config.data.path, skip_bad=config.data.skip_bad, on_skip=skipped.append)
@@ -50,6 +52,14 @@ def run(config: SplitConfig) -> None:
     if not plans:
         raise UserError(f"{config.data.path}: holds no usable trajectory; check the file.")
     _print(console, plans)
+    remarked = [f"{plan.trajectory_id}: {line}" for plan in plans for line in plan.remarks]
+    for line in remarked[:_SHOWN_REMARKS]:
+        console.print(line, style="yellow", markup=False)
+    if len(remarked) > _SHOWN_REMARKS:
+        more = len(remarked) - _SHOWN_REMARKS
+        console.print(
+            f"... and {more} more such lines; output=FILE writes them all", style="yellow"
+        )
     for line in skipped:
         console.print(f"skipped: {line}", style="yellow", markup=False)
     if config.output:
@@ -57,13 +67,16 @@ def run(config: SplitConfig) -> None:
         console.print(f"plan written to {config.output}", markup=False)
 
 
-def plan_recording(chat: Chat, recording: Recording, policy: ContextPolicy) -> TrajectoryPlan:
+def plan_recording(chat: Dialect, recording: Recording, policy: ContextPolicy) -> TrajectoryPlan:
     """Splits one recording and describes its windows.
 
     Raises:
         UserError: The pinned prefix or an assistant turn does not fit; names the recording.
     """
-    turns, prefix_len = chat.turns(recording.messages, pinned_messages(recording))
+    try:
+        turns, prefix_len = chat.turns(recording.messages, pinned_messages(recording))
+    except UserError as error:
+        raise UserError(f"{recording.source}: {error}") from None
     if not turns:
         raise UserError(f"{recording.source}: has no assistant message; nothing can be trained.")
     policy.check_prefix(prefix_len, recording.source)
@@ -82,6 +95,7 @@ def plan_recording(chat: Chat, recording: Recording, policy: ContextPolicy) -> T
         cut_turns=fitted.cut_turns,
         cut_tokens=fitted.cut_tokens,
         windows=plan_windows(fitted.turns, spans),
+        remarks=remarks(chat, recording.messages, turns),
     )
 
 

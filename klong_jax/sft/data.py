@@ -56,7 +56,10 @@ def windows_of(
     Raises:
         UserError: The pinned prefix or a turn does not fit; names `where`.
     """
-    turns, prefix_len = chat.turns(messages, pinned_messages)
+    try:
+        turns, prefix_len = chat.turns(messages, pinned_messages)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
     policy.check_prefix(prefix_len, where)
     try:
         spans = split(turns, prefix_len, policy)

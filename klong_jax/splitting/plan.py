@@ -51,6 +51,7 @@ class TrajectoryPlan:
         cut_turns: Turns whose environment text was shortened to fit.
         cut_tokens: Environment tokens left out by that.
         windows: The windows.
+        remarks: Where the dialect does not show the recording as it is, and why.
     """
 
     trajectory_id: str
@@ -61,6 +62,7 @@ class TrajectoryPlan:
     cut_turns: tuple[int, ...]
     cut_tokens: int
     windows: tuple[WindowPlan, ...]
+    remarks: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The plan as a JSON object."""

@@ -7,6 +7,7 @@ up to what the template makes of a whole conversation is verified for every reco
 `klong_jax.text.template_turns`).
 """
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import Literal
@@ -22,6 +23,9 @@ from klong_jax.text.template_turns import template_turns
 from klong_jax.text.tokenizer import Tokenizer
 
 Thinking = Literal["keep", "strip"]
+
+# What a template may lay out anew without leaving anything out.
+_LAYOUT = re.compile(r"\s|</?think>")
 
 # The stand-ins; the word says in a rendered text where the stand-in's own text ends.
 _WORD = "plugh"
@@ -138,12 +142,23 @@ class TemplateChat:
         """
         return template_turns(self, messages, pinned_messages)
 
+    def left_out(self, messages: Sequence[Message]) -> tuple[int, ...]:
+        """The turns whose words or thinking the template never shows, such as words beside calls.
+
+        They are trained without them, since the model could not see them either.
+        """
+        said = [message for message in messages if message.role == "assistant"]
+        return tuple(number for number, message in enumerate(said) if self._loses(message))
+
+    def _loses(self, message: Message) -> bool:
+        text = _LAYOUT.sub("", unmark(self.said(message)))
+        parts = (message.content, message.reasoning)
+        return any(_LAYOUT.sub("", part) not in text for part in parts)
+
     @cached_property
     def prompt(self) -> str:
         """The generation prompt as text."""
-        return self._added(
-            self.renderer.render([_USER]), self.renderer.render([_USER], prompt=True)
-        )
+        return self._added(self.renderer.render([_USER]), self._asked)
 
     @cached_property
     def end(self) -> str:
@@ -180,22 +195,24 @@ class TemplateChat:
 
     def said(self, message: Message) -> str:
         """Marked text of an assistant's turn as the template shows it while it is the last."""
-        before = self.renderer.render([_USER], prompt=True)
-        text = self._added(before, self.renderer.render([_USER, message]))
+        text = self._added(self._asked, self.renderer.render([_USER, message]))
         return text.rstrip() if self.end else text
 
     def forms(self, message: Message) -> Iterator[str]:
         """The marked texts in which the template may show a turn: last, answered, and past."""
         yield self.said(message)
-        before = self.renderer.render([_USER], prompt=True)
         for follower in (_RESULT, _USER):
             try:
                 shown = self.renderer.render([_USER, message, follower])
             except UserError:
                 continue
             after = self.environment([follower], after_output=True)
-            if shown.startswith(before) and shown.endswith(after):
-                yield shown[len(before) : len(shown) - len(after)]
+            if shown.startswith(self._asked) and shown.endswith(after):
+                yield shown[len(self._asked) : len(shown) - len(after)]
+
+    @cached_property
+    def _asked(self) -> str:
+        return self.renderer.render([_USER], prompt=True)
 
     def _closing(self, stand_in: Message) -> tuple[str, str]:
         """What follows the stand-in's word in its own turn, and the blank text after that."""

@@ -44,6 +44,7 @@ def template_turns(
     chat: "TemplateChat", messages: Sequence[Message], pinned_messages: int
 ) -> tuple[tuple[Turn, ...], int]:
     """Turns and the pinned prefix's length in tokens; see `TemplateChat.turns`."""
+    chat.terminator("user")  # refuses a template whose turns have no end
     steps = _pieces(chat, messages)
     if not steps:
         return (), 0
@@ -98,13 +99,10 @@ def _replay(chat: "TemplateChat", messages: Sequence[Message], steps: list[_Step
             wrong, _ = _follow(chat, messages, steps[: turn + 1], context)
             restart = _DROPPED if wrong is None else _REWRITTEN
         after = chat.renderer.render(messages[: step.number + 1])
-        if not after.startswith(context):
-            raise UserError(
-                f"turn {turn}: {chat.name} does not begin an assistant's turn with its own "
-                "generation prompt; set tokenizer.template=chatml."
-            )
-        said = after[len(context) :]
-        said = said.rstrip() if chat.end else said
+        said = step.said
+        if after.startswith(context):
+            said = after[len(context) :]
+            said = said.rstrip() if chat.end else said
         new = context if restart else context[len(shown) :]
         replayed.append(_Step(step.number, step.news, new, said, restart))
         shown = context + said

@@ -10,8 +10,9 @@ QWEN3 = r"""
 {%- endif %}
 {%- set query = namespace(at=messages|length - 1, found=false) %}
 {%- for m in messages|reverse %}
-    {%- set wrapped = m.content.startswith('<tool_response>') and m.content.endswith('</tool_response>') %}
-    {%- if m.role == 'user' and not wrapped and not query.found %}
+    {%- set said = m.content %}
+    {%- set result = said.startswith('<tool_response>') and said.endswith('</tool_response>') %}
+    {%- if m.role == 'user' and not result and not query.found %}
         {%- set query.found = true %}
         {%- set query.at = messages|length - loop.index %}
     {%- endif %}
@@ -25,7 +26,8 @@ QWEN3 = r"""
         {%- if m.reasoning_content is string %}
             {%- set thought = m.reasoning_content %}
         {%- elif '</think>' in said %}
-            {%- set thought = said.split('</think>')[0].rstrip('\n').split('<think>')[-1].lstrip('\n') %}
+            {%- set thought = said.split('</think>')[0].rstrip('\n') %}
+            {%- set thought = thought.split('<think>')[-1].lstrip('\n') %}
             {%- set said = said.split('</think>')[-1].lstrip('\n') %}
         {%- endif %}
         {{- '<|im_start|>assistant\n' }}
@@ -66,7 +68,8 @@ GLM45 = r"""[gMASK]<sop>
         {%- if m.reasoning_content is string %}
             {%- set thought = m.reasoning_content %}
         {%- elif '</think>' in said %}
-            {%- set thought = said.split('</think>')[0].rstrip('\n').split('<think>')[-1].lstrip('\n') %}
+            {%- set thought = said.split('</think>')[0].rstrip('\n') %}
+            {%- set thought = thought.split('<think>')[-1].lstrip('\n') %}
             {%- set said = said.split('</think>')[-1].lstrip('\n') %}
         {%- endif %}
         {{- '<|assistant|>\n<think>' }}
@@ -89,7 +92,7 @@ GLM45 = r"""[gMASK]<sop>
 {{- '<|assistant|>' if add_generation_prompt }}
 """
 
-# Llama 3.1: a system message in any case, texts trimmed, at most one call, which is all of its turn.
+# Llama 3.1: a system message in any case, texts trimmed, at most one call, which is the turn.
 LLAMA31 = r"""
 {{- bos_token }}
 {%- set today = date_string if date_string is defined else strftime_now('%d %b %Y') %}
@@ -103,12 +106,14 @@ LLAMA31 = r"""
         {%- endif %}
         {%- set call = m.tool_calls[0].function %}
         {{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}
-        {{- '{"name": "' ~ call.name ~ '", "parameters": ' ~ call.arguments|tojson ~ '}<|eot_id|>' }}
+        {{- '{"name": "' ~ call.name ~ '", "parameters": ' ~ call.arguments|tojson ~ '}' }}
+        {{- '<|eot_id|>' }}
     {%- elif m.role in ['tool', 'ipython'] %}
         {{- '<|start_header_id|>ipython<|end_header_id|>\n\n' }}
         {{- (m.content|tojson if m.content is iterable else m.content) ~ '<|eot_id|>' }}
     {%- else %}
-        {{- '<|start_header_id|>' ~ m.role ~ '<|end_header_id|>\n\n' ~ m.content|trim ~ '<|eot_id|>' }}
+        {{- '<|start_header_id|>' ~ m.role ~ '<|end_header_id|>\n\n' }}
+        {{- m.content|trim ~ '<|eot_id|>' }}
     {%- endif %}
 {%- endfor %}
 {{- '<|start_header_id|>assistant<|end_header_id|>\n\n' if add_generation_prompt }}

@@ -141,7 +141,8 @@ class SftConfig(Section):
     @model_validator(mode="after")
     def _starts_once(self, info: ValidationInfo) -> Self:
         given: list[str] = (info.context or {}).get("given", [])
-        other = next((name for name in given if name.split(".")[0] in ("model", "tokenizer")), None)
+        own = ("model", "tokenizer", "tokenizer.path")
+        other = next((n for n in given if n in own or n.startswith("model.")), None)
         if self.policy is not None and other is not None:
             raise UserError(
                 f"policy={self.policy}: brings its own model and tokenizer, which {other} "

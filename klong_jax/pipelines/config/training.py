@@ -79,6 +79,12 @@ class TokenizerSection(Section):
 
     path: Path | None
     """A tokenizer.json, a .model or a model's folder; null takes the small bundled one."""
+    template: Literal["chatml", "own"]
+    """How a conversation is written: chatml as Qwen3 without thinking, own as the chat template
+    says that is in the model's folder."""
+    thinking: Literal["keep", "strip"]
+    """Under template=own, whether later turns see the thinking of earlier ones as it was said, or
+    what the template leaves of it, in a new window wherever that breaks the extension of tokens."""
 
 
 class DataSection(Section):
