@@ -122,9 +122,8 @@ class WindowTracker:
             ContextOverflow: The turn does not fit even without any history.
         """
         need = max(self.policy.reserve, output_len)
-        if restart:
-            if self._starts:
-                self._close()
+        if restart and self._starts:
+            self._close()
             self._starts = []
             self._keep_from = self._fresh_from = start
 
