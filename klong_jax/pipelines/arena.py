@@ -26,7 +26,6 @@ from klong_jax.rollout import open_queue
 from klong_jax.rollout.queue import RolloutQueue
 from klong_jax.rollout.runner import RolloutRunner, RolloutSettings
 from klong_jax.splitting.policy import ContextPolicy
-from klong_jax.text.chat import Chat
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ async def open_arena(
             {task.task_id: task for task in tasks},
             client,
             JudgePool(ExecutableJudge(client), config.agent.judges),
-            Chat(policy.tokenizer),
+            policy.dialect,
             RolloutSettings(
                 policy=context,
                 make_clock=clock_factory(config.clock),

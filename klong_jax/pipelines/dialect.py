@@ -1,21 +1,28 @@
 """The chat dialect that the settings ask for, and what there is to say about its use."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from klong_jax.core.errors import UserError
+from klong_jax.core.jsonio import read_json, write_json
 from klong_jax.core.message import Message
 from klong_jax.core.trajectory import Turn
 from klong_jax.pipelines.config.training import TokenizerSection
 from klong_jax.text.chat import Chat
 from klong_jax.text.dialect import Dialect
-from klong_jax.text.template import load_template
+from klong_jax.text.template import ChatTemplate, load_template
 from klong_jax.text.template_chat import TemplateChat
 from klong_jax.text.tokenizer import Tokenizer
 
+_FILE = "dialect.json"
+
 
 def make_dialect(
-    section: TokenizerSection, tokenizer: Tokenizer, folder: Path | None = None
+    section: TokenizerSection,
+    tokenizer: Tokenizer,
+    folder: Path | None = None,
+    learnt: Dialect | None = None,
 ) -> Dialect:
     """The dialect over a tokenizer.
 
@@ -23,12 +30,22 @@ def make_dialect(
         section: Says which.
         tokenizer: The tokenizer, wherever it came from.
         folder: Where the model's chat template is; if not given, where the tokenizer came from.
+        learnt: What the policy has been trained in, if it has been trained.
 
     Raises:
-        UserError: The model's own template is asked for and there is none.
+        UserError: The model's own template is asked for and there is none, or the policy has
+            learnt another dialect.
     """
+    own = learnt if isinstance(learnt, TemplateChat) else None
     if section.template == "chatml":
+        if own:
+            raise UserError(
+                f"tokenizer.template=chatml: the policy has learnt that of {own.name}; "
+                "set tokenizer.template=own."
+            )
         return Chat(tokenizer)
+    if own:
+        return TemplateChat(tokenizer, own.renderer.template, section.thinking)
     folder = folder or section.path
     if folder is None:
         raise UserError(
@@ -37,6 +54,22 @@ def make_dialect(
         )
     template = load_template(folder if folder.is_dir() else folder.parent)
     return TemplateChat(tokenizer, template, section.thinking)
+
+
+def save_dialect(folder: Path, dialect: Dialect) -> None:
+    """Writes what `load_dialect` reads into a policy's folder; ChatML goes without saying."""
+    if isinstance(dialect, TemplateChat):
+        value = {"thinking": dialect.thinking, **asdict(dialect.renderer.template)}
+        write_json(folder / _FILE, value)
+
+
+def load_dialect(folder: Path, tokenizer: Tokenizer) -> Dialect:
+    """The dialect that the policy in a folder has learnt."""
+    if not (folder / _FILE).exists():
+        return Chat(tokenizer)
+    value = read_json(folder / _FILE)
+    thinking = value.pop("thinking")
+    return TemplateChat(tokenizer, ChatTemplate(**value), thinking)
 
 
 def remarks(

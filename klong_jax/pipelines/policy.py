@@ -19,8 +19,11 @@ from klong_jax.parallel.distributed import is_first, together
 from klong_jax.parallel.rules import param_shardings, spread
 from klong_jax.pipelines.config.acting import EngineSection
 from klong_jax.pipelines.config.training import ModelSection
+from klong_jax.pipelines.dialect import load_dialect, save_dialect
 from klong_jax.splitting.policy import ContextPolicy
 from klong_jax.text.chat import Chat
+from klong_jax.text.dialect import Dialect
+from klong_jax.text.template_chat import TemplateChat
 from klong_jax.text.tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokenizer
 from klong_jax.training.accumulate import TrainState, init_state
 from klong_jax.training.checkpoint import Checkpoints
@@ -41,6 +44,7 @@ class Policy:
         dtypes: The precisions of parameters and computation.
         origin: Folder with the config.json and the other small files of the Hugging Face model
             that it came from, if it did.
+        learnt: The chat dialect that it was trained in; ChatML if not given.
     """
 
     config: DecoderConfig
@@ -49,6 +53,18 @@ class Policy:
     tokenizer: Tokenizer
     dtypes: DTypes
     origin: Path | None = None
+    learnt: Dialect | None = None
+
+    @property
+    def dialect(self) -> Dialect:
+        """The chat dialect in which it can act.
+
+        Raises:
+            UserError: It was trained in one that is not for acting.
+        """
+        if isinstance(self.learnt, TemplateChat):
+            self.learnt.check_acting()
+        return self.learnt or Chat(self.tokenizer)
 
     @property
     def identity(self) -> dict[str, str]:
@@ -102,6 +118,8 @@ def describe_policy(folder: Path, policy: Policy) -> None:
         return
     write_json(folder / "model.json", {**policy.config.to_json(), "dtypes": asdict(policy.dtypes)})
     policy.tokenizer.save(folder / "tokenizer.json")
+    if policy.learnt is not None:
+        save_dialect(folder, policy.learnt)
     if policy.origin is not None and policy.origin != folder / _ORIGIN:
         copy_side_files(policy.origin, folder / _ORIGIN, "config.json", "passed_on.json")
 
@@ -129,7 +147,15 @@ def load_policy(folder: Path, *, as_stored: bool = False, mesh: Mesh | None = No
     graph, shapes = placed(config, dtypes, mesh)
     tokenizer = load_tokenizer(folder / "tokenizer.json")
     origin = folder / _ORIGIN
-    policy = Policy(config, graph, shapes, tokenizer, dtypes, origin if origin.is_dir() else None)
+    policy = Policy(
+        config,
+        graph,
+        shapes,
+        tokenizer,
+        dtypes,
+        origin if origin.is_dir() else None,
+        load_dialect(folder, tokenizer),
+    )
     checkpoints = Checkpoints(folder / "checkpoints", policy.identity)
     trained = checkpoints.restore_params(shapes, as_stored=as_stored)
     checkpoints.close()
@@ -151,7 +177,7 @@ def make_engine(
     return Engine(
         policy.graph,
         policy.config,
-        Chat(policy.tokenizer),
+        policy.dialect,
         EngineConfig(
             slots=section.slots,
             context_limit=context.limit,

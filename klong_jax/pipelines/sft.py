@@ -49,7 +49,8 @@ def run(config: SftConfig) -> None:
     console = open_console()
     mesh = device_mesh(config.mesh)
     policy = _start(config, mesh)
-    chat = make_dialect(config.tokenizer, policy.tokenizer, policy.origin)
+    chat = make_dialect(config.tokenizer, policy.tokenizer, policy.origin, policy.learnt)
+    policy = replace(policy, learnt=chat)
     with open_run("sft", config, config.run) as folder, computing(mesh, config.kernels):
         prepare_process(folder.path)
         data = together(lambda: _windows(config, chat, console))

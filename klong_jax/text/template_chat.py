@@ -123,6 +123,19 @@ class TemplateChat:
             "klong split and klong sft only; set tokenizer.template=chatml."
         )
 
+    def check_acting(self) -> None:
+        """Refuses what an agent cannot act in.
+
+        Raises:
+            UserError: Names what stands in its way.
+        """
+        if self.thinking == "strip":
+            raise UserError(
+                f"{self.name}: the policy was trained under tokenizer.thinking=strip, while an "
+                "agent keeps what was said; train it under tokenizer.thinking=keep."
+            )
+        _ = self.end_id, self.parse(())
+
     def turns(
         self, messages: Sequence[Message], pinned_messages: int
     ) -> tuple[tuple[Turn, ...], int]:

@@ -10,7 +10,7 @@ import klong_jax.text
 from klong_jax.cli import main
 from klong_jax.core.errors import UserError
 from klong_jax.pipelines.config.training import TokenizerSection
-from klong_jax.pipelines.dialect import make_dialect
+from klong_jax.pipelines.dialect import load_dialect, make_dialect, save_dialect
 from klong_jax.text.chat import Chat
 from klong_jax.text.template_chat import TemplateChat
 from klong_jax.text.tokenizer import bundled_tokenizer
@@ -74,6 +74,24 @@ def test_the_settings_choose_the_dialect(model: Path) -> None:
     assert isinstance(make_dialect(section(), tokenizer, model), TemplateChat)
     with pytest.raises(UserError, match=r"tokenizer\.template=own: .* set tokenizer\.path"):
         make_dialect(section(), tokenizer)
+
+
+def test_a_policy_remembers_the_dialect_it_has_learnt(model: Path, tmp_path: Path) -> None:
+    tokenizer = bundled_tokenizer()
+    save_dialect(tmp_path, Chat(tokenizer))
+    assert isinstance(load_dialect(tmp_path, tokenizer), Chat)
+    own = make_dialect(section(model, thinking="strip"), tokenizer)
+    assert isinstance(own, TemplateChat)
+    save_dialect(tmp_path, own)
+    learnt = load_dialect(tmp_path, tokenizer)
+    assert isinstance(learnt, TemplateChat)
+    assert learnt.renderer.template == own.renderer.template
+    assert learnt.thinking == "strip"
+    again = make_dialect(section(), tokenizer, None, learnt)
+    assert isinstance(again, TemplateChat)
+    assert again.renderer.template == own.renderer.template
+    with pytest.raises(UserError, match=r"has learnt that of .*model"):
+        make_dialect(section(template="chatml"), tokenizer, None, learnt)
 
 
 def test_the_plan_says_where_and_why_a_new_window_begins(

@@ -270,6 +270,17 @@ def test_what_is_sampled_is_read_back(name: str) -> None:
     assert chat.parse(chat.output_ids(EXAMPLE[4])).message == EXAMPLE[4]
 
 
+def test_what_an_agent_cannot_act_in_is_refused() -> None:
+    dialect("qwen3").check_acting()
+    for name, thinking, complaint in (
+        ("qwen3", "strip", "train it under tokenizer.thinking=keep"),
+        ("glm45", "keep", "ends a turn with whatever token opens the next message"),
+        ("llama31", "keep", "writes tool calls in a syntax that klong does not read"),
+    ):
+        with pytest.raises(UserError, match=complaint):
+            dialect(name, thinking).check_acting()  # type: ignore[arg-type]
+
+
 def test_a_malformed_glm_call_is_told_to_the_model() -> None:
     chat = dialect("glm45")
     sampled = "<think></think>\n<tool_call>run\n<arg_key>cmd</arg_key>\n<arg_value>ls</tool_call>"
