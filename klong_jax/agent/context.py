@@ -111,19 +111,16 @@ class Context:
         Returns:
             How many texts were cut.
         """
-        left = self.room - self._overhead(messages)
-        shown = list(messages)
-        # The short ones first: what they leave is the long ones'.
-        order = sorted(range(len(shown)), key=lambda number: len(shown[number].content))
-        for waiting, number in zip(range(len(order), 0, -1), order, strict=True):
-            share = min(caps[number], left // waiting)
-            text = fit(shown[number].content, share, self._chat.tokenizer)
-            left -= len(self._chat.tokenizer.encode(text, specials=False)) if text else 0
-            shown[number] = replace(shown[number], content=text)
-        cut = sum(a.content != b.content for a, b in zip(shown, messages, strict=True))
-        self._pending += self._chat.environment_ids(shown, after_output=True)
+        shown, withheld = self._fitted(messages, caps, self.room), 0
+        ids = self._chat.environment_ids(shown, after_output=True)
+        # Only of a dialect that encodes or writes a text otherwise inside the template than alone.
+        while len(ids) > self.room and any(message.content for message in shown):
+            withheld += len(ids) - self.room
+            shown = self._fitted(messages, caps, self.room - withheld)
+            ids = self._chat.environment_ids(shown, after_output=True)
+        self._pending += ids
         self.messages += shown
-        return cut
+        return sum(a.content != b.content for a, b in zip(shown, messages, strict=True))
 
     def pin(self) -> None:
         """Makes everything said so far part of the pinned prefix, from the next turn on.
@@ -239,6 +236,19 @@ class Context:
         if self._opened is None:
             raise RuntimeError("no turn is open")
         return self._opened
+
+    def _fitted(self, messages: Sequence[Message], caps: Sequence[int], room: int) -> list[Message]:
+        """The messages, each cut to its cap and to its share of the room."""
+        left = room - self._overhead(messages)
+        shown = list(messages)
+        # The short ones first: what they leave is the long ones'.
+        order = sorted(range(len(shown)), key=lambda number: len(shown[number].content))
+        for waiting, number in zip(range(len(order), 0, -1), order, strict=True):
+            share = min(caps[number], left // waiting)
+            text = fit(shown[number].content, share, self._chat.tokenizer)
+            left -= len(self._chat.tokenizer.encode(text, specials=False)) if text else 0
+            shown[number] = replace(shown[number], content=text)
+        return shown
 
     def _overhead(self, messages: Sequence[Message]) -> int:
         """Tokens of the template around the messages."""

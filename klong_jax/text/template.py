@@ -97,7 +97,10 @@ def load_template(folder: Path) -> ChatTemplate:
 
 
 class Renderer:
-    """Renders messages through a template to marked text, and encodes marked text."""
+    """Renders messages through a template to marked text, and encodes marked text.
+
+    Added tokens that a tokenizer does not flag as special are ordinary vocabulary, in a message too.
+    """
 
     def __init__(self, template: ChatTemplate, tokenizer: Tokenizer) -> None:
         self.template, self.tokenizer = template, tokenizer

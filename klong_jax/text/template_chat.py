@@ -156,7 +156,7 @@ class TemplateChat:
         return template_turns(self, messages, pinned_messages)
 
     def left_out(self, messages: Sequence[Message]) -> tuple[int, ...]:
-        """The turns whose words or thinking the template never shows, such as words beside calls.
+        """The turns of which the template never shows words, thinking or calls.
 
         They are trained without them, since the model could not see them either.
         """
@@ -165,7 +165,7 @@ class TemplateChat:
 
     def _loses(self, message: Message) -> bool:
         text = _LAYOUT.sub("", unmark(self.said(message)))
-        parts = (message.content, message.reasoning)
+        parts = (message.content, message.reasoning, *(call.name for call in message.tool_calls))
         return any(_LAYOUT.sub("", part) not in text for part in parts)
 
     @cached_property
@@ -199,7 +199,8 @@ class TemplateChat:
         """Marked text of what `environment_ids` encodes, a turn's terminator still before it."""
         if not after_output:
             return self.renderer.render(messages) if messages else ""
-        stand_in = _CALL if messages and messages[0].role == "tool" else _ANSWER
+        called = bool(messages) and messages[0].role == "tool" and self._shows_calls
+        stand_in = _CALL if called else _ANSWER
         closing, trailing = self._closing(stand_in)
         if not messages:
             return trailing
@@ -229,8 +230,17 @@ class TemplateChat:
 
     def _closing(self, stand_in: Message) -> tuple[str, str]:
         """What follows the stand-in's word in its own turn, and the blank text after that."""
-        text = self.renderer.render([_USER, stand_in]).partition(_WORD)[2]
+        _, shown, text = self.renderer.render([_USER, stand_in]).partition(_WORD)
+        if not shown:
+            raise UserError(
+                f"{self.name}: the chat template does not show what an assistant says; mend it or "
+                "set tokenizer.template=chatml."
+            )
         return text.rstrip(), text[len(text.rstrip()) :]
+
+    @cached_property
+    def _shows_calls(self) -> bool:
+        return _WORD in self.renderer.render([_USER, _CALL])
 
     def _added(self, before: str, after: str) -> str:
         if not after.startswith(before):

@@ -272,13 +272,13 @@ def test_what_is_sampled_is_read_back(name: str) -> None:
 
 def test_what_an_agent_cannot_act_in_is_refused() -> None:
     dialect("qwen3").check_acting()
-    for name, thinking, complaint in (
-        ("qwen3", "strip", "train it under tokenizer.thinking=keep"),
-        ("glm45", "keep", "ends a turn with whatever token opens the next message"),
-        ("llama31", "keep", "writes tool calls in a syntax that klong does not read"),
+    for chat, complaint in (
+        (dialect("qwen3", "strip"), "train it under tokenizer.thinking=keep"),
+        (dialect("glm45"), "ends a turn with whatever token opens the next message"),
+        (dialect("llama31"), "writes tool calls in a syntax that klong does not read"),
     ):
         with pytest.raises(UserError, match=complaint):
-            dialect(name, thinking).check_acting()  # type: ignore[arg-type]
+            chat.check_acting()
 
 
 def test_a_malformed_glm_call_is_told_to_the_model() -> None:
@@ -346,6 +346,7 @@ def test_a_template_that_breaks_extension_is_one_sentence() -> None:
             "otherwise",
         ),
         ("{% for m in messages %}{{ m.content }}\n{% endfor %}", "no turn would end"),
+        ("{% for m in messages %}{{ m.role }}<|im_end|>{% endfor %}", "does not show what"),
     ],
 )
 def test_a_template_of_no_use_is_one_sentence(source: str, complaint: str) -> None:
