@@ -99,7 +99,7 @@ def load_template(folder: Path) -> ChatTemplate:
 class Renderer:
     """Renders messages through a template to marked text, and encodes marked text.
 
-    Added tokens that a tokenizer does not flag as special are ordinary vocabulary, in a message too.
+    Added tokens that a tokenizer does not flag as special are ordinary vocabulary in messages too.
     """
 
     def __init__(self, template: ChatTemplate, tokenizer: Tokenizer) -> None:
@@ -150,7 +150,7 @@ class Renderer:
                 strftime_now=_TODAY.strftime,
                 **self.template.variables,
             )
-        except (jinja2.TemplateError, TypeError) as error:
+        except (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as error:
             raise UserError(
                 f"{self.template.name}: the chat template refuses the conversation "
                 f"({_line(error)}); change the data or set tokenizer.template=chatml."

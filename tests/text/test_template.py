@@ -238,6 +238,31 @@ def test_the_mask_is_thinking_words_calls_and_the_end_of_the_turn(name: str) -> 
 
 
 @names
+@pytest.mark.parametrize("pinned", range(6))
+def test_the_pinned_prefix_is_what_the_pinned_messages_take(name: str, pinned: int) -> None:
+    chat = dialect(name)
+    turns, prefix_len = chat.turns(EXAMPLE, pinned)
+    expected = whole(name, EXAMPLE[:pinned]) if pinned else ""
+    if pinned and EXAMPLE[pinned - 1].role == "assistant":
+        expected = expected.rstrip("\n") + terminator(name, EXAMPLE, pinned - 1)
+    assert chat.tokenizer.decode(ids_of(turns)[:prefix_len]) == expected
+
+
+def test_of_results_that_share_a_message_the_first_ones_can_be_pinned() -> None:
+    calls = tuple(ToolCall("run", {"n": number}) for number in range(2))
+    results = (Message("tool", "one"), Message("tool", "two"))
+    messages = (
+        *EXAMPLE[:2],
+        Message("assistant", "", "so", calls),
+        *results,
+        Message("assistant", "Done."),
+    )
+    turns, prefix_len = dialect("qwen3").turns(messages, 4)
+    kept = dialect("qwen3").tokenizer.decode(ids_of(turns)[:prefix_len])
+    assert kept.endswith("<tool_response>\none\n</tool_response>")
+
+
+@names
 def test_a_text_that_spells_a_special_token_is_text(name: str) -> None:
     chat = dialect(name)
     tokens = {chat.tokenizer.encode(text, specials=True)[0] for text in chat.tokenizer.specials}
