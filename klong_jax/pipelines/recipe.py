@@ -154,7 +154,7 @@ class _Recipe:
                 calls = math.ceil(section.batch * section.length / tokens)
                 rows = math.ceil(section.batch / calls)
                 phases.append(Phase(data, section.steps, section.batch, rows))
-        data = sft_pipeline.trajectory_windows(chat, recordings, self.context)
+        data = sft_pipeline.trajectory_windows(chat, recordings, self.context, sft)
         phases.append(Phase(data, sft.steps, sft.batch, sft.micro_batch))
         policy = sft_pipeline.train(
             self.path / "sft", base, phases, sft, self.config.seed, self.console

@@ -9,7 +9,6 @@ from rich.console import Console
 
 from klong_jax.core.errors import UserError
 from klong_jax.core.message import Message
-from klong_jax.core.trajectory import Window
 from klong_jax.parallel.distributed import start_processes, together
 from klong_jax.pipelines.config.commands import SftConfig
 from klong_jax.pipelines.config.training import DrillSection, SftSection
@@ -29,7 +28,7 @@ from klong_jax.pipelines.process import (
 from klong_jax.pipelines.rundir import open_run
 from klong_jax.pipelines.split import pinned_messages
 from klong_jax.pipelines.stage import stage
-from klong_jax.sft.data import WindowDataset, windows_of
+from klong_jax.sft.data import WindowDataset, best_shared, grouped, windows_of
 from klong_jax.sft.loss import sft_loss
 from klong_jax.sft.run import Phase, run_sft
 from klong_jax.splitting.policy import ContextPolicy
@@ -37,9 +36,13 @@ from klong_jax.text.chat import Chat
 from klong_jax.text.formats import Recording, read_recordings
 from klong_jax.text.tokenizer import bundled_tokenizer, load_tokenizer
 from klong_jax.training.accumulate import Trainer
+from klong_jax.training.batches import Group
 from klong_jax.training.checkpoint import Checkpoints
 from klong_jax.training.metrics import MetricsLog
 from klong_jax.training.optimizer import make_optimizer
+
+# What kernels of all platforms and meshes of common sizes divide.
+_SHARED_MULTIPLE = 128
 
 
 def run(config: SftConfig) -> None:
@@ -71,6 +74,7 @@ def _windows(config: SftConfig, chat: Chat, console: Console) -> WindowDataset:
         chat,
         read_recordings(config.data.path, skip_bad=config.data.skip_bad, on_skip=console.print),
         config.splitting.policy(),
+        config.sft,
         on_skip=console.print if config.data.skip_bad else None,
     )
 
@@ -114,6 +118,7 @@ def trajectory_windows(
     chat: Chat,
     recordings: Iterable[Recording],
     context: ContextPolicy,
+    section: SftSection,
     on_skip: Callable[[str], None] | None = None,
 ) -> WindowDataset:
     """Splits recordings into windows by the agent's own context policy.
@@ -122,18 +127,23 @@ def trajectory_windows(
         chat: The dialect.
         recordings: The demonstrations.
         context: The context policy.
+        section: How many windows are trained together, and how much of them is computed once.
         on_skip: Told of recordings that do not fit; None raises instead.
     """
-    windows: list[Window] = []
+    groups: list[Group] = []
     for recording in recordings:
         pinned = pinned_messages(recording)
         try:
-            windows += windows_of(chat, recording.messages, pinned, context, recording.source)
+            windows = windows_of(chat, recording.messages, pinned, context, recording.source)
+            groups += grouped(windows, section.together)
         except UserError as error:
             if on_skip is None:
                 raise
             on_skip(f"skipped: {error}")
-    return WindowDataset("trajectories", tuple(windows), context.limit)
+    shared = section.shared_prefix
+    if shared == "auto":
+        shared = best_shared(groups, _SHARED_MULTIPLE)
+    return WindowDataset("trajectories", tuple(groups), context.limit, shared)
 
 
 def drill_windows(
@@ -150,4 +160,4 @@ def drill_windows(
         for window in windows_of(chat, messages, 0, context, name)
         if len(window.tokens) <= section.length
     ]
-    return WindowDataset(name, tuple(windows), section.length)
+    return WindowDataset(name, tuple((window,) for window in windows), section.length)

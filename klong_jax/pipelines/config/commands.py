@@ -34,6 +34,7 @@ from klong_jax.pipelines.config.training import (
     SplittingSection,
     TokenizerSection,
     TokenizerTraining,
+    check_shared,
 )
 
 
@@ -59,6 +60,11 @@ class Reinforcing(ActingConfig):
     rl: RlSection
 
     @model_validator(mode="after")
+    def _prefix_fits(self) -> Self:
+        check_shared("rl", self.rl.shared_prefix, self.splitting.context_limit)
+        return self
+
+    @model_validator(mode="after")
     def _needs_samples(self) -> Self:
         if self.engine.temperature == 0:
             raise UserError("engine.temperature=0: RL compares samples; set it above 0.")
@@ -79,6 +85,11 @@ class RecipeConfig(Reinforcing):
     component_drills: DrillSection
     sft: SftSection
     eval: EvalSection
+
+    @model_validator(mode="after")
+    def _shared_prefix_fits(self) -> Self:
+        check_shared("sft", self.sft.shared_prefix, self.splitting.context_limit)
+        return self
 
 
 class FactoryConfig(Section):
@@ -137,6 +148,11 @@ class SftConfig(Section):
     model: ModelSection
     splitting: SplittingSection
     sft: SftSection
+
+    @model_validator(mode="after")
+    def _prefix_fits(self) -> Self:
+        check_shared("sft", self.sft.shared_prefix, self.splitting.context_limit)
+        return self
 
     @model_validator(mode="after")
     def _starts_once(self, info: ValidationInfo) -> Self:

@@ -138,9 +138,16 @@ class SftSection(Section):
     steps: int = Field(gt=0)
     """Optimiser steps on the windows of trajectories."""
     batch: int = Field(gt=0)
-    """Windows a step."""
+    """Groups of windows a step."""
+    together: int = Field(gt=0)
+    """Most windows of one trajectory that make a group; 1 shuffles windows one by one."""
+    shared_prefix: int | Literal["auto"] = Field(union_mode="left_to_right")
+    """Tokens at the front of a group's windows that are computed once for all of them, where the
+    pinned prefix is as long; auto spares the most computation, 0 computes every window whole. The
+    gradient is the same."""
     micro_batch: int = Field(gt=0)
-    """Windows a gradient call, rounded up to what the mesh's data, fsdp and expert share evenly."""
+    """Windows, or groups that share a prefix, a gradient call; rounded up to what the mesh's data,
+    fsdp and expert share evenly."""
     remat: Remat
     """What a layer keeps for its backward pass: none recomputes nothing, full everything but the
     layer's input; attention keeps what attention gave, dots the results of matrix products."""
@@ -151,6 +158,15 @@ class SftSection(Section):
     optimizer: OptimizerSection
 
     @model_validator(mode="after")
+    def _shares(self) -> "SftSection":
+        if self.shared_prefix not in (0, "auto") and self.together == 1:
+            raise UserError(
+                f"sft.shared_prefix={self.shared_prefix}: groups of one window share nothing; set "
+                "sft.together above 1 or sft.shared_prefix=0."
+            )
+        return self
+
+    @model_validator(mode="after")
     def _warms_up(self) -> "SftSection":
         if self.optimizer.warmup_steps >= self.steps:
             raise UserError(
@@ -158,6 +174,19 @@ class SftSection(Section):
                 f"sft.steps={self.steps}; make it smaller."
             )
         return self
+
+
+def check_shared(section: str, shared: int | str, context_limit: int) -> None:
+    """Refuses a shared prefix that leaves no room in a window.
+
+    Raises:
+        UserError: Names the setting and the limit.
+    """
+    if isinstance(shared, int) and not 0 <= shared < context_limit:
+        raise UserError(
+            f"{section}.shared_prefix={shared}: must be at least 0 and below "
+            f"splitting.context_limit={context_limit}."
+        )
 
 
 class StageSection(Section):
@@ -182,8 +211,12 @@ class RlSection(Section):
     """Rollouts a task: the group that is compared."""
     tokens_per_rollout: int = Field(gt=0)
     """The loss's constant C: about how many tokens a rollout samples."""
+    shared_prefix: int = Field(ge=0)
+    """Tokens at the front of a rollout's windows that are computed once for all of them, where the
+    pinned prefix is as long; 0 computes every window whole. The gradient is the same."""
     micro_batch: int = Field(gt=0)
-    """Windows a gradient call, rounded up to what the mesh's data, fsdp and expert share evenly."""
+    """Windows, or rollouts that share a prefix, a gradient call; rounded up to what the mesh's
+    data, fsdp and expert share evenly."""
     remat: Remat
     """What a layer keeps for its backward pass: none recomputes nothing, full everything but the
     layer's input; attention keeps what attention gave, dots the results of matrix products."""
