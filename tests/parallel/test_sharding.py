@@ -8,6 +8,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -71,26 +72,28 @@ def work(asked: dict[str, Any], processes: int = 1) -> list[list[dict[str, Any]]
     return printed
 
 
-def show(rows: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]) -> None:
-    """Prints the table, whether or not the test passes; `off` is relative to a tensor's largest."""
-    with capsys.disabled():
-        print(
-            f"\n{'model':8} {'mesh':32} {'shared':>6} {'processes':>9} {'loss':>10} {'alone':>10} "
-            f"{'off':>8}"
+Note = Callable[[str], None]
+
+
+def show(rows: list[dict[str, Any]], measured: Note) -> None:
+    """The table, whether or not the test passes; `off` is relative to a tensor's largest."""
+    measured(
+        f"{'model':8} {'mesh':32} {'shared':>6} {'processes':>9} {'loss':>10} {'alone':>10} "
+        f"{'off':>8}"
+    )
+    for row in rows:
+        measured(
+            f"{row['model']:8} {row['mesh']:32} {row['shared'] or 0:6} {row['processes']:9} "
+            f"{row['loss']:10.5f} {row['alone']:10.5f} {row['off']:8.1e}"
         )
-        for row in rows:
-            print(
-                f"{row['model']:8} {row['mesh']:32} {row['shared'] or 0:6} {row['processes']:9} "
-                f"{row['loss']:10.5f} {row['alone']:10.5f} {row['off']:8.1e}"
-            )
 
 
 @pytest.mark.slow
 def test_every_mesh_gives_the_loss_and_gradients_of_one_device(
-    capsys: pytest.CaptureFixture[str],
+    measured: Note,
 ) -> None:
     (rows,) = work({"cases": CASES})
-    show(rows, capsys)
+    show(rows, measured)
     assert len(rows) == len(CASES)
     for row in rows:
         assert row["loss"] == pytest.approx(row["alone"], rel=TOLERANCE), row["mesh"]
@@ -99,7 +102,7 @@ def test_every_mesh_gives_the_loss_and_gradients_of_one_device(
 
 @pytest.mark.slow
 def test_two_processes_equal_one_and_each_restores_the_others_checkpoint(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, measured: Note
 ) -> None:
     mesh = {"fsdp": 4, "context": 2}
     cases = [("mixture", mesh, None), ("mixture", mesh, 16)]
@@ -107,7 +110,7 @@ def test_two_processes_equal_one_and_each_restores_the_others_checkpoint(
     first, second = work({"cases": cases, "save": [folder, mesh]}, processes=2)
     ((*ones, restored),) = work({"cases": cases, "restore": [folder, {"expert": 4, "tensor": 2}]})
     *twos, saved = first
-    show([*twos, *ones], capsys)
+    show([*twos, *ones], measured)
     # Nothing depends on the process: both print the same.
     assert first == second
     for two, one in zip(twos, ones, strict=True):

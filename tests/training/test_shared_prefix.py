@@ -1,6 +1,6 @@
 """Computing a common prefix once changes nothing but the work: the gradient is naive training's."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 
 import jax
@@ -105,7 +105,7 @@ CASES: list[dict[str, str]] = [
 ]
 
 
-def test_the_gradient_is_that_of_whole_windows(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_gradient_is_that_of_whole_windows(measured: Callable[[str], None]) -> None:
     assert [len(one) for one in GROUPS] != [1, 1, 1, 1]
     assert GROUPS[0][0].trained_mask[:16].any()
     rows = []
@@ -118,11 +118,10 @@ def test_the_gradient_is_that_of_whole_windows(capsys: pytest.CaptureFixture[str
             assert shared_logs.keys() == logs.keys()
             assert 0 < loads[1].sum() < loads[0].sum()
         rows.append((case, off(found, whole), off(list(shared_logs.values()), list(logs.values()))))
-    with capsys.disabled():
-        print(f"\n{'model':8} {'dtype':8} {'remat':10} {'loss':5} {'gradients':>10} {'sums':>8}")
-        for case, grads, sums in rows:
-            print("{model:8} {dtype:8} {remat:10} {objective:5}".format(**case), end=" ")
-            print(f"{grads:10.1e} {sums:8.1e}")
+    measured(f"{'model':8} {'dtype':8} {'remat':10} {'loss':5} {'gradients':>10} {'sums':>8}")
+    for case, grads, sums in rows:
+        named = "{model:8} {dtype:8} {remat:10} {objective:5}".format(**case)
+        measured(f"{named} {grads:10.1e} {sums:8.1e}")
     for case, grads, sums in rows:
         limit = 1e-12 if case["dtype"] == "float64" else 1e-6
         assert grads < limit, case
