@@ -27,12 +27,13 @@ from klong_jax.pipelines.process import (
     prepare_process,
 )
 from klong_jax.pipelines.rundir import open_run
-from klong_jax.pipelines.split import pinned_messages
+from klong_jax.pipelines.split import pinned_by
 from klong_jax.pipelines.stage import stage
 from klong_jax.sft.data import WindowDataset, windows_of
 from klong_jax.sft.loss import sft_loss
 from klong_jax.sft.run import Phase, run_sft
 from klong_jax.splitting.policy import ContextPolicy
+from klong_jax.splitting.recorded import DEFAULT_OPTIONS, SplitOptions
 from klong_jax.text.chat import Chat
 from klong_jax.text.formats import Recording, read_recordings
 from klong_jax.text.tokenizer import bundled_tokenizer, load_tokenizer
@@ -72,6 +73,7 @@ def _windows(config: SftConfig, chat: Chat, console: Console) -> WindowDataset:
         read_recordings(config.data.path, skip_bad=config.data.skip_bad, on_skip=console.print),
         config.splitting.policy(),
         on_skip=console.print if config.data.skip_bad else None,
+        options=config.splitting.options(),
     )
 
 
@@ -115,6 +117,7 @@ def trajectory_windows(
     recordings: Iterable[Recording],
     context: ContextPolicy,
     on_skip: Callable[[str], None] | None = None,
+    options: SplitOptions = DEFAULT_OPTIONS,
 ) -> WindowDataset:
     """Splits recordings into windows by the agent's own context policy.
 
@@ -123,10 +126,11 @@ def trajectory_windows(
         recordings: The demonstrations.
         context: The context policy.
         on_skip: Told of recordings that do not fit; None raises instead.
+        options: What the policy leaves open.
     """
     windows: list[Window] = []
     for recording in recordings:
-        pinned = pinned_messages(recording)
+        pinned = pinned_by(chat, recording, options.pin)
         try:
             windows += windows_of(chat, recording.messages, pinned, context, recording.source)
         except UserError as error:

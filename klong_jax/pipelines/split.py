@@ -12,8 +12,10 @@ from klong_jax.core.errors import UserError
 from klong_jax.core.jsonio import write_json
 from klong_jax.pipelines.config.commands import SplitConfig
 from klong_jax.splitting.fit import fit_turns
+from klong_jax.splitting.pinning import Pin, pinned_messages
 from klong_jax.splitting.plan import TrajectoryPlan, plan_windows
 from klong_jax.splitting.policy import ContextPolicy, split
+from klong_jax.splitting.recorded import DEFAULT_OPTIONS, SplitOptions
 from klong_jax.text.chat import Chat
 from klong_jax.text.formats import Recording, read_recordings
 from klong_jax.text.tokenizer import bundled_tokenizer, load_tokenizer
@@ -25,7 +27,7 @@ _MARKER = "\n[... cut to fit the context ...]\n"
 def run(config: SplitConfig) -> None:
     """Reads, plans, prints and, where asked, writes the plan."""
     console = Console()
-    policy = config.splitting.policy()
+    policy, options = config.splitting.policy(), config.splitting.options()
     path = config.tokenizer.path
     tokenizer = load_tokenizer(path) if path else bundled_tokenizer()
     if path is None:
@@ -42,7 +44,7 @@ def run(config: SplitConfig) -> None:
     plans = []
     for recording in track(recordings, "splitting", console=console, transient=True):
         try:
-            plans.append(plan_recording(chat, recording, policy))
+            plans.append(plan_recording(chat, recording, policy, options))
         except UserError as error:
             if not config.data.skip_bad:
                 raise
@@ -57,13 +59,18 @@ def run(config: SplitConfig) -> None:
         console.print(f"plan written to {config.output}", markup=False)
 
 
-def plan_recording(chat: Chat, recording: Recording, policy: ContextPolicy) -> TrajectoryPlan:
+def plan_recording(
+    chat: Chat,
+    recording: Recording,
+    policy: ContextPolicy,
+    options: SplitOptions = DEFAULT_OPTIONS,
+) -> TrajectoryPlan:
     """Splits one recording and describes its windows.
 
     Raises:
         UserError: The pinned prefix or an assistant turn does not fit; names the recording.
     """
-    turns, prefix_len = chat.turns(recording.messages, pinned_messages(recording))
+    turns, prefix_len = chat.turns(recording.messages, pinned_by(chat, recording, options.pin))
     if not turns:
         raise UserError(f"{recording.source}: has no assistant message; nothing can be trained.")
     policy.check_prefix(prefix_len, recording.source)
@@ -85,12 +92,14 @@ def plan_recording(chat: Chat, recording: Recording, policy: ContextPolicy) -> T
     )
 
 
-def pinned_messages(recording: Recording) -> int:
-    """How many messages are pinned: what the data says, else all before the first answer."""
-    if recording.pinned_messages is not None:
-        return recording.pinned_messages
-    roles = [message.role for message in recording.messages]
-    return roles.index("assistant") if "assistant" in roles else len(roles)
+def pinned_by(chat: Chat, recording: Recording, pin: Pin) -> int:
+    """How many messages of a recording are pinned, its tokens counted in a dialect."""
+    return pinned_messages(
+        recording.messages,
+        pin,
+        recording.pinned_messages,
+        lambda front: chat.turns(front, len(front))[1],
+    )
 
 
 def _print(console: Console, plans: list[TrajectoryPlan]) -> None:

@@ -29,6 +29,7 @@ from klong_jax.pipelines.config.training import (
     DataSection,
     DrillSection,
     ModelSection,
+    RecordingSplittingSection,
     RlSection,
     SftSection,
     SplittingSection,
@@ -115,7 +116,7 @@ class SplitConfig(Section):
 
     data: DataSection
     tokenizer: TokenizerSection
-    splitting: SplittingSection
+    splitting: RecordingSplittingSection
     output: Path | None
     """JSON file to write the plan into."""
 
@@ -135,7 +136,7 @@ class SftConfig(Section):
     one from scratch."""
     tokenizer: TokenizerSection
     model: ModelSection
-    splitting: SplittingSection
+    splitting: RecordingSplittingSection
     sft: SftSection
 
     @model_validator(mode="after")

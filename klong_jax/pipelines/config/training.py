@@ -9,7 +9,9 @@ from klong_jax.core.errors import UserError
 from klong_jax.models.config import Remat
 from klong_jax.pipelines.config.section import Section
 from klong_jax.rl.stages import Stage, check_stages
+from klong_jax.splitting.pinning import Pin
 from klong_jax.splitting.policy import ContextPolicy
+from klong_jax.splitting.recorded import SplitOptions
 
 if TYPE_CHECKING:
     from klong_jax.training.optimizer import OptimizerConfig
@@ -65,6 +67,23 @@ class SplittingSection(Section):
     def policy(self) -> ContextPolicy:
         """The policy with these numbers."""
         return ContextPolicy(self.context_limit, self.overlap, self.reserve)
+
+
+class RecordingSplittingSection(SplittingSection):
+    """The context policy, in tokens, and what is left open when a recording is split by it."""
+
+    pin: str
+    """What every window keeps: opening (all before the first answer), reading (that and the turns
+    that only read), turns:N or tokens:N; what the data marks as pinned wins."""
+
+    @model_validator(mode="after")
+    def _known(self) -> "RecordingSplittingSection":
+        self.options()
+        return self
+
+    def options(self) -> SplitOptions:
+        """The options of splitting recordings."""
+        return SplitOptions(pin=Pin.parse(self.pin))
 
 
 class TokenizerTraining(Section):
