@@ -31,6 +31,7 @@ from klong_jax.pipelines.split import pinned_by
 from klong_jax.pipelines.stage import stage
 from klong_jax.sft.data import WindowDataset, windows_of
 from klong_jax.sft.loss import sft_loss
+from klong_jax.sft.recorded import split_messages
 from klong_jax.sft.run import Phase, run_sft
 from klong_jax.splitting.policy import ContextPolicy
 from klong_jax.splitting.recorded import DEFAULT_OPTIONS, SplitOptions
@@ -74,6 +75,7 @@ def _windows(config: SftConfig, chat: Chat, console: Console) -> WindowDataset:
         config.splitting.policy(),
         on_skip=console.print if config.data.skip_bad else None,
         options=config.splitting.options(),
+        on_loss=console.print,
     )
 
 
@@ -118,6 +120,7 @@ def trajectory_windows(
     context: ContextPolicy,
     on_skip: Callable[[str], None] | None = None,
     options: SplitOptions = DEFAULT_OPTIONS,
+    on_loss: Callable[[str], None] | None = None,
 ) -> WindowDataset:
     """Splits recordings into windows by the agent's own context policy.
 
@@ -127,16 +130,26 @@ def trajectory_windows(
         context: The context policy.
         on_skip: Told of recordings that do not fit; None raises instead.
         options: What the policy leaves open.
+        on_loss: Told how many turns are not shown whole, if any.
     """
     windows: list[Window] = []
+    cut = dropped = 0
     for recording in recordings:
         pinned = pinned_by(chat, recording, options.pin)
         try:
-            windows += windows_of(chat, recording.messages, pinned, context, recording.source)
+            made = split_messages(
+                chat, recording.messages, pinned, context, recording.source, options
+            )
         except UserError as error:
             if on_skip is None:
                 raise
             on_skip(f"skipped: {error}")
+            continue
+        windows += made.windows()
+        cut += len(made.cut_turns)
+        dropped += len(made.dropped)
+    if on_loss is not None and cut + dropped:
+        on_loss(f"{cut} turns cut to fit, {dropped} turns dropped")
     return WindowDataset("trajectories", tuple(windows), context.limit)
 
 

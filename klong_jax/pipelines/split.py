@@ -2,7 +2,6 @@
 
 import statistics
 from collections.abc import Iterator
-from pathlib import Path
 
 from rich.console import Console
 from rich.progress import track
@@ -11,17 +10,16 @@ from rich.table import Table
 from klong_jax.core.errors import UserError
 from klong_jax.core.jsonio import write_json
 from klong_jax.pipelines.config.commands import SplitConfig
-from klong_jax.splitting.fit import fit_turns
+from klong_jax.sft.recorded import split_messages
 from klong_jax.splitting.pinning import Pin, pinned_messages
-from klong_jax.splitting.plan import TrajectoryPlan, plan_windows
-from klong_jax.splitting.policy import ContextPolicy, split
+from klong_jax.splitting.plan import TrajectoryPlan, plan_recorded
+from klong_jax.splitting.policy import ContextPolicy
 from klong_jax.splitting.recorded import DEFAULT_OPTIONS, SplitOptions
 from klong_jax.text.chat import Chat
 from klong_jax.text.formats import Recording, read_recordings
 from klong_jax.text.tokenizer import bundled_tokenizer, load_tokenizer
 
 _SHOWN_WINDOWS = 12
-_MARKER = "\n[... cut to fit the context ...]\n"
 
 
 def run(config: SplitConfig) -> None:
@@ -55,7 +53,7 @@ def run(config: SplitConfig) -> None:
     for line in skipped:
         console.print(f"skipped: {line}", style="yellow", markup=False)
     if config.output:
-        write_json(config.output, _document(config.data.path, policy, plans, skipped))
+        write_json(config.output, _document(config, plans, skipped))
         console.print(f"plan written to {config.output}", markup=False)
 
 
@@ -70,26 +68,9 @@ def plan_recording(
     Raises:
         UserError: The pinned prefix or an assistant turn does not fit; names the recording.
     """
-    turns, prefix_len = chat.turns(recording.messages, pinned_by(chat, recording, options.pin))
-    if not turns:
-        raise UserError(f"{recording.source}: has no assistant message; nothing can be trained.")
-    policy.check_prefix(prefix_len, recording.source)
-    marker = chat.tokenizer.encode(_MARKER, specials=False)
-    fitted = fit_turns(turns, prefix_len, policy, marker)
-    try:
-        spans = split(fitted.turns, prefix_len, policy)
-    except UserError as error:
-        raise UserError(f"{recording.source}: {error}") from None
-    return TrajectoryPlan(
-        trajectory_id=recording.recording_id,
-        source=recording.source,
-        turns=len(turns),
-        stream_tokens=sum(len(turn.suffix_ids) + len(turn.output_ids) for turn in fitted.turns),
-        output_tokens=sum(len(turn.output_ids) for turn in turns),
-        cut_turns=fitted.cut_turns,
-        cut_tokens=fitted.cut_tokens,
-        windows=plan_windows(fitted.turns, spans),
-    )
+    pinned = pinned_by(chat, recording, options.pin)
+    made = split_messages(chat, recording.messages, pinned, policy, recording.source, options)
+    return plan_recorded(recording.recording_id, recording.source, made)
 
 
 def pinned_by(chat: Chat, recording: Recording, pin: Pin) -> int:
@@ -119,9 +100,15 @@ def _print(console: Console, plans: list[TrajectoryPlan]) -> None:
     console.print(
         f"{len(plans)} trajectories, {len(windows)} windows "
         f"(median {statistics.median(w.length for w in windows):.0f} tokens), "
-        f"{sum(w.trained_tokens for w in windows)} trained tokens, "
+        f"{sum(plan.trained_tokens for plan in plans)} trained tokens, "
         f"{sum(len(plan.cut_turns) for plan in plans)} turns cut to fit"
     )
+    if dropped := sum(plan.dropped_tokens for plan in plans):
+        lost = sum(plan.output_tokens - plan.trained_tokens for plan in plans)
+        console.print(
+            f"dropped at the ends: {sum(plan.dropped_turns for plan in plans)} turns, "
+            f"{dropped} tokens, {lost} of them the assistant's and so untrained"
+        )
 
 
 def _rows(plan: TrajectoryPlan) -> Iterator[list[str]]:
@@ -141,13 +128,11 @@ def _rows(plan: TrajectoryPlan) -> Iterator[list[str]]:
 
 
 def _document(
-    source: Path, policy: ContextPolicy, plans: list[TrajectoryPlan], skipped: list[str]
+    config: SplitConfig, plans: list[TrajectoryPlan], skipped: list[str]
 ) -> dict[str, object]:
     return {
-        "source": str(source),
-        "context_limit": policy.limit,
-        "overlap": policy.overlap,
-        "reserve": policy.reserve,
+        "source": str(config.data.path),
+        **config.splitting.model_dump(),
         "trajectories": [plan.to_json() for plan in plans],
         "skipped": skipped,
     }

@@ -7,6 +7,7 @@ from itertools import accumulate
 from typing import Any
 
 from klong_jax.core.trajectory import Turn, WindowSpan
+from klong_jax.splitting.recorded import SplitRecording, tokens_of
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,11 @@ class TrajectoryPlan:
         source: Where it was read from.
         turns: Assistant turns.
         stream_tokens: Tokens of the whole interaction, each counted once.
-        output_tokens: Tokens the assistant said; every one is trained once.
+        output_tokens: Tokens the assistant said; every one is trained once, but in dropped turns.
         cut_turns: Turns whose environment text was shortened to fit.
         cut_tokens: Environment tokens left out by that.
+        dropped_turns: Turns at the end that no window shows.
+        dropped_tokens: All their tokens.
         windows: The windows.
     """
 
@@ -60,11 +63,35 @@ class TrajectoryPlan:
     output_tokens: int
     cut_turns: tuple[int, ...]
     cut_tokens: int
+    dropped_turns: int
+    dropped_tokens: int
     windows: tuple[WindowPlan, ...]
+
+    @property
+    def trained_tokens(self) -> int:
+        """Tokens that its windows train."""
+        return sum(window.trained_tokens for window in self.windows)
 
     def to_json(self) -> dict[str, Any]:
         """The plan as a JSON object."""
         return asdict(self)
+
+
+def plan_recorded(trajectory_id: str, source: str, made: SplitRecording) -> TrajectoryPlan:
+    """Describes how a recording was split."""
+    every = (*made.turns, *made.dropped)
+    return TrajectoryPlan(
+        trajectory_id=trajectory_id,
+        source=source,
+        turns=len(every),
+        stream_tokens=tokens_of(every),
+        output_tokens=sum(len(turn.output_ids) for turn in every),
+        cut_turns=made.cut_turns,
+        cut_tokens=made.cut_tokens,
+        dropped_turns=len(made.dropped),
+        dropped_tokens=tokens_of(made.dropped),
+        windows=plan_windows(made.turns, made.spans),
+    )
 
 
 def plan_windows(turns: Sequence[Turn], spans: Sequence[WindowSpan]) -> tuple[WindowPlan, ...]:

@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from klong_jax.core.message import Message
+from klong_jax.pipelines.sft import trajectory_windows
 from klong_jax.pipelines.split import plan_recording
 from klong_jax.splitting.policy import ContextPolicy
+from klong_jax.splitting.recorded import Mode, SplitOptions
 from klong_jax.text.chat import Chat
-from klong_jax.text.formats import read_recordings
+from klong_jax.text.formats import Recording, read_recordings
 from klong_jax.text.tokenizer import bundled_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,6 +54,27 @@ def test_the_plan_of_every_real_recording_adds_up() -> None:
             assert plan.windows[-1].last_trained_turn == plan.turns - 1
             split += len(plan.windows) > 1
     assert split >= 3
+
+
+def long_recording() -> Recording:
+    opening = (Message("system", "Be good."), Message("user", "Do it."))
+    turns = [Message("assistant", "act"), Message("tool", "long " * 90)] * 4
+    return Recording("f:1", "one", (*opening, *turns, Message("assistant", "done")))
+
+
+@pytest.mark.parametrize("mode", ["klong", "sliding_no_pin", "truncate_tail"])
+def test_training_splits_as_the_plan_says(mode: Mode) -> None:
+    chat, recording, options = Chat(bundled_tokenizer()), long_recording(), SplitOptions(mode=mode)
+    policy = ContextPolicy(100, 20, 12)
+    plan = plan_recording(chat, recording, policy, options)
+    losses: list[str] = []
+    data = trajectory_windows(chat, [recording], policy, options=options, on_loss=losses.append)
+    assert [(w.length, w.prefix_tokens, w.trained_tokens) for w in plan.windows] == [
+        (len(w.tokens), w.prefix_len, int(w.trained_mask.sum())) for w in data.windows
+    ]
+    assert len(plan.cut_turns) == (0 if mode == "truncate_tail" else 4)
+    assert plan.dropped_turns == (4 if mode == "truncate_tail" else 0)
+    assert losses == [f"{len(plan.cut_turns)} turns cut to fit, {plan.dropped_turns} turns dropped"]
 
 
 def test_the_command_writes_the_plan(tmp_path: Path) -> None:

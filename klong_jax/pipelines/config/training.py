@@ -11,7 +11,7 @@ from klong_jax.pipelines.config.section import Section
 from klong_jax.rl.stages import Stage, check_stages
 from klong_jax.splitting.pinning import Pin
 from klong_jax.splitting.policy import ContextPolicy
-from klong_jax.splitting.recorded import SplitOptions
+from klong_jax.splitting.recorded import Mode, Oversize, SplitOptions
 
 if TYPE_CHECKING:
     from klong_jax.training.optimizer import OptimizerConfig
@@ -75,6 +75,12 @@ class RecordingSplittingSection(SplittingSection):
     pin: str
     """What every window keeps: opening (all before the first answer), reading (that and the turns
     that only read), turns:N or tokens:N; what the data marks as pinned wins."""
+    mode: Mode
+    """klong, or what it is compared with: sliding_no_pin (windows without a pinned prefix) or
+    truncate_tail (the first window alone; the rest is dropped)."""
+    oversize: Oversize
+    """A turn longer than a window: cut the middle out of its environment text, or refuse it; what
+    the assistant said is never cut."""
 
     @model_validator(mode="after")
     def _known(self) -> "RecordingSplittingSection":
@@ -83,7 +89,7 @@ class RecordingSplittingSection(SplittingSection):
 
     def options(self) -> SplitOptions:
         """The options of splitting recordings."""
-        return SplitOptions(pin=Pin.parse(self.pin))
+        return SplitOptions(Pin.parse(self.pin), self.mode, self.oversize)
 
 
 class TokenizerTraining(Section):
