@@ -148,11 +148,12 @@ class Context:
         opened = self._must_be_open()
         suffix_end = len(self._stream) + len(opened.suffix)
         prefix_len = opened.tracker.prefix_len
-        limit = prefix_len + suffix_end - opened.keep_from + self._policy.reserve - 1
-        history = max(len(self._stream), prefix_len) - opened.keep_from
-        tight = replace(
-            self._policy, limit=limit, overlap=min(self._policy.overlap, max(history, 0) // 2)
-        )
+        begin = max(len(self._stream), prefix_len)
+        history = begin - opened.keep_from
+        # The limit says it for an overlap in turns as well; below the history in any case.
+        kept = min(history // 2, history - 1)
+        limit = prefix_len + suffix_end - begin + kept + self._policy.reserve
+        tight = replace(self._policy, limit=limit, overlap=min(self._policy.overlap, history // 2))
         try:
             return self._open(tight)
         except ContextOverflow:

@@ -23,19 +23,26 @@ class ContextOverflow(UserError):
 
 @dataclass(frozen=True)
 class ContextPolicy:
-    """The three numbers of the policy, all in tokens.
+    """The numbers of the policy, in tokens where they do not say turns.
 
     Attributes:
         limit: Longest context the model may see, its output included.
         overlap: Most history carried over when a new window starts.
         reserve: Room kept for the next output: what the agent may generate in one turn.
+        overlap_turns: Most turns carried over instead, as far as they fit; None bounds tokens.
     """
 
     limit: int
     overlap: int
     reserve: int
+    overlap_turns: int | None = None
 
     def __post_init__(self) -> None:
+        if self.overlap_turns is not None and self.overlap_turns < 0:
+            raise UserError(
+                f"splitting: overlap_turns must be at least 0, not {self.overlap_turns}; raise it, "
+                "or give null to bound the overlap in tokens."
+            )
         if min(self.limit, self.reserve) <= 0 or self.overlap < 0:
             raise UserError(
                 "splitting: context_limit and reserve must be positive and overlap at least 0, "
@@ -123,7 +130,7 @@ class WindowTracker:
             return self.prefix_len + suffix_end - keep_from + need <= self.policy.limit
 
         if not fits(self._keep_from):
-            kept = [s for s in self._starts if start - s <= self.policy.overlap and fits(s)]
+            kept = [s for s in self._carried(start) if fits(s)]
             if not kept and not fits(start):
                 raise ContextOverflow(
                     f"a turn of {suffix_end - start + need} tokens does not fit beside a pinned "
@@ -154,6 +161,13 @@ class WindowTracker:
     def spans(self) -> tuple[WindowSpan, ...]:
         """All windows so far, the growing one last."""
         return (*self.closed, self._current())
+
+    def _carried(self, start: int) -> list[int]:
+        """Where history that a new window at `start` may carry over can begin."""
+        turns = self.policy.overlap_turns
+        if turns is not None:
+            return self._starts[max(0, len(self._starts) - turns) :]
+        return [s for s in self._starts if start - s <= self.policy.overlap]
 
     def _current(self) -> WindowSpan:
         return WindowSpan(

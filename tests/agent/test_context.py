@@ -20,13 +20,18 @@ TURN = st.tuples(st.integers(1, 40), st.lists(st.integers(0, 200), max_size=3), 
 @given(
     limit=st.integers(160, 400),
     overlap=st.integers(0, 80),
+    overlap_turns=st.none() | st.integers(0, 6),
     turns=st.lists(TURN, min_size=1, max_size=25),
     pin_at=st.integers(0, 25),
 )
 def test_online_windows_are_the_splitters(
-    limit: int, overlap: int, turns: list[tuple[int, list[int], bool]], pin_at: int
+    limit: int,
+    overlap: int,
+    overlap_turns: int | None,
+    turns: list[tuple[int, list[int], bool]],
+    pin_at: int,
 ) -> None:
-    policy = ContextPolicy(limit, overlap, reserve=40)
+    policy = ContextPolicy(limit, overlap, 40, overlap_turns)
     context = Context(chat(), policy, "s", OPENING, "task t")
     for number, (output_len, words, cut) in enumerate(turns):
         prompt = context.open()
@@ -53,6 +58,30 @@ def test_online_windows_are_the_splitters(
     trajectory = Trajectory("t", "t", (), taken, context.spans, Status.DONE, 0.0, {})
     trained = sum(int(window.trained_mask.sum()) for window in trajectory.windows())
     assert trained == sum(len(turn.output_ids) for turn in taken)
+
+
+@settings(max_examples=50)
+@given(
+    overlap_turns=st.none() | st.integers(0, 6),
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=20),
+)
+def test_a_shorter_context_has_at_most_half_the_history(
+    overlap_turns: int | None, lengths: list[int]
+) -> None:
+    policy = ContextPolicy(300, 90, 40, overlap_turns)
+    context = Context(chat(), policy, "s", OPENING, "task t")
+    for length in lengths:
+        context.open()
+        context.close(Completion(Message("assistant", "x"), tuple(range(20, 20 + length))), 0.0)
+        context.observe([Message("tool", "word")], [100])
+    full = context.open()
+    said = chat().environment_ids([Message("tool", "word")], after_output=True)
+    bare = full.prefix_len + len(said) + len(chat().prompt_ids)
+    history = len(full.token_ids) - bare
+    shorter = context.open_shorter()
+    assert (shorter is None) == (history == 0)
+    if shorter is not None:
+        assert len(shorter.token_ids) - bare <= history // 2
 
 
 @given(text=st.text(max_size=400), limit=st.integers(-3, 120))

@@ -35,7 +35,8 @@ def recordings(draw: st.DrawFn) -> tuple[tuple[Turn, ...], int, ContextPolicy]:
     limit = prefix + 12 + reserve + draw(st.integers(0, 60))
     overlap = draw(st.integers(0, 40))
     assume(overlap + reserve < limit)
-    return tuple(turns), prefix, ContextPolicy(limit, overlap, reserve)
+    overlap_turns = draw(st.none() | st.integers(0, 5))
+    return tuple(turns), prefix, ContextPolicy(limit, overlap, reserve, overlap_turns)
 
 
 @given(recordings())
@@ -76,14 +77,23 @@ def test_consecutive_windows_overlap_as_much_as_asked_and_no_more(
     spans = split(turns, prefix, policy)
     for before, after in itertools.pairwise(spans):
         assert after.fresh_from == before.end
-        assert before.end - after.keep_from <= policy.overlap
+        carried = [s for s in starts if after.keep_from <= s < before.end and s >= prefix]
+        if policy.overlap_turns is None:
+            assert before.end - after.keep_from <= policy.overlap
+        else:
+            assert len(carried) <= policy.overlap_turns
         # One more turn of history would have broken the overlap or the limit.
         earlier = [s for s in starts if s < after.keep_from]
         if earlier:
             turn = int(np.searchsorted(ends, after.fresh_from, side="right"))
             need = max(policy.reserve, len(turns[turn].output_ids))
             context = prefix + int(starts[turn]) + len(turns[turn].suffix_ids) - int(earlier[-1])
-            assert before.end - earlier[-1] > policy.overlap or context + need > policy.limit - 12
+            full = (
+                before.end - earlier[-1] > policy.overlap
+                if policy.overlap_turns is None
+                else len(carried) == policy.overlap_turns
+            )
+            assert full or context + need > policy.limit - 12
 
 
 @given(recordings())
@@ -147,6 +157,15 @@ def test_a_refused_turn_leaves_the_tracker_as_it_was() -> None:
 def test_contradictory_numbers_are_refused(limit: int, overlap: int, reserve: int) -> None:
     with pytest.raises(UserError, match="splitting"):
         ContextPolicy(limit, overlap, reserve)
+
+
+def test_history_is_carried_over_by_turns_where_asked() -> None:
+    turns = tuple(Turn((n,) * 4, (100 + n,) * 4) for n in range(8))
+    for count, kept in ((None, 8), (0, 0), (1, 8), (2, 16), (9, 24)):
+        spans = split(turns, 2, ContextPolicy(40, 8, 4, count))
+        assert spans[1].fresh_from - spans[1].keep_from == kept
+    with pytest.raises(UserError, match="overlap_turns must be at least 0, not -1"):
+        ContextPolicy(40, 8, 4, -1)
 
 
 def test_the_prefix_cannot_grow_after_a_cut() -> None:

@@ -56,6 +56,8 @@ class SplittingSection(Section):
     """Longest context the model may see, its output included."""
     overlap: int
     """Most history carried over when a new window starts."""
+    overlap_turns: int | None
+    """Most turns carried over instead, as far as they fit; null bounds the tokens."""
     reserve: int
     """Room kept for the next output: what the agent may generate in one turn."""
 
@@ -66,7 +68,7 @@ class SplittingSection(Section):
 
     def policy(self) -> ContextPolicy:
         """The policy with these numbers."""
-        return ContextPolicy(self.context_limit, self.overlap, self.reserve)
+        return ContextPolicy(self.context_limit, self.overlap, self.reserve, self.overlap_turns)
 
 
 class RecordingSplittingSection(SplittingSection):
