@@ -27,11 +27,10 @@ from klong_jax.pipelines.process import (
     prepare_process,
 )
 from klong_jax.pipelines.rundir import open_run
-from klong_jax.pipelines.split import pinned_by
+from klong_jax.pipelines.split import split_recording
 from klong_jax.pipelines.stage import stage
 from klong_jax.sft.data import WindowDataset, windows_of
 from klong_jax.sft.loss import sft_loss
-from klong_jax.sft.recorded import split_messages
 from klong_jax.sft.run import Phase, run_sft
 from klong_jax.splitting.policy import ContextPolicy
 from klong_jax.splitting.recorded import DEFAULT_OPTIONS, SplitOptions
@@ -135,11 +134,8 @@ def trajectory_windows(
     windows: list[Window] = []
     cut = dropped = 0
     for recording in recordings:
-        pinned = pinned_by(chat, recording, options.pin)
         try:
-            made = split_messages(
-                chat, recording.messages, pinned, context, recording.source, options
-            )
+            made = split_recording(chat, recording, context, options)
         except UserError as error:
             if on_skip is None:
                 raise

@@ -10,11 +10,13 @@ from rich.table import Table
 from klong_jax.core.errors import UserError
 from klong_jax.core.jsonio import write_json
 from klong_jax.pipelines.config.commands import SplitConfig
+from klong_jax.pipelines.corpus import draw_corpus, stats_document, stats_table
 from klong_jax.sft.recorded import split_messages
-from klong_jax.splitting.pinning import Pin, pinned_messages
+from klong_jax.splitting.pinning import pinned_messages
 from klong_jax.splitting.plan import TrajectoryPlan, plan_recorded
 from klong_jax.splitting.policy import ContextPolicy
-from klong_jax.splitting.recorded import DEFAULT_OPTIONS, SplitOptions
+from klong_jax.splitting.recorded import DEFAULT_OPTIONS, SplitOptions, SplitRecording
+from klong_jax.splitting.stats import TrainedByPosition
 from klong_jax.text.chat import Chat
 from klong_jax.text.formats import Recording, read_recordings
 from klong_jax.text.tokenizer import bundled_tokenizer, load_tokenizer
@@ -23,9 +25,8 @@ _SHOWN_WINDOWS = 12
 
 
 def run(config: SplitConfig) -> None:
-    """Reads, plans, prints and, where asked, writes the plan."""
+    """Reads, plans, prints and, where asked, writes the plan and draws the corpus."""
     console = Console()
-    policy, options = config.splitting.policy(), config.splitting.options()
     path = config.tokenizer.path
     tokenizer = load_tokenizer(path) if path else bundled_tokenizer()
     if path is None:
@@ -34,27 +35,66 @@ def run(config: SplitConfig) -> None:
             "tokenizer.path=FILE takes your model's own.",
             style="dim",
         )
-    chat = Chat(tokenizer)
+    plans: list[TrajectoryPlan] = []
     skipped: list[str] = []
-    recordings = list(
-        read_recordings(config.data.path, skip_bad=config.data.skip_bad, on_skip=skipped.append)
-    )
-    plans = []
-    for recording in track(recordings, "splitting", console=console, transient=True):
-        try:
-            plans.append(plan_recording(chat, recording, policy, options))
-        except UserError as error:
-            if not config.data.skip_bad:
-                raise
-            skipped.append(str(error))
+    trained = TrainedByPosition(config.splitting.context_limit)
+    for recording, made in _split_all(config, Chat(tokenizer), console, skipped):
+        plans.append(plan_recorded(recording.recording_id, recording.source, made))
+        if config.plot:
+            trained.add(made.windows())
     if not plans:
         raise UserError(f"{config.data.path}: holds no usable trajectory; check the file.")
-    _print(console, plans)
+    if config.stats:
+        console.print(stats_table(plans))
+    else:
+        _print(console, plans)
     for line in skipped:
         console.print(f"skipped: {line}", style="yellow", markup=False)
     if config.output:
         write_json(config.output, _document(config, plans, skipped))
         console.print(f"plan written to {config.output}", markup=False)
+    if config.plot:
+        draw_corpus(config.plot, config.data.path, plans, trained)
+        console.print(f"plot written to {config.plot}", markup=False)
+
+
+def _split_all(
+    config: SplitConfig, chat: Chat, console: Console, skipped: list[str]
+) -> Iterator[tuple[Recording, SplitRecording]]:
+    policy, options = config.splitting.policy(), config.splitting.options()
+    recordings = list(
+        read_recordings(config.data.path, skip_bad=config.data.skip_bad, on_skip=skipped.append)
+    )
+    for recording in track(recordings, "splitting", console=console, transient=True):
+        try:
+            made = split_recording(chat, recording, policy, options)
+        except UserError as error:
+            if not config.data.skip_bad:
+                raise
+            skipped.append(str(error))
+        else:
+            yield recording, made
+
+
+def split_recording(
+    chat: Chat,
+    recording: Recording,
+    policy: ContextPolicy,
+    options: SplitOptions = DEFAULT_OPTIONS,
+) -> SplitRecording:
+    """Splits one recording as the agent would have seen it.
+
+    Raises:
+        UserError: The pinned prefix or an assistant turn does not fit; names the recording.
+    """
+    messages = recording.messages
+    pinned = pinned_messages(
+        messages,
+        options.pin,
+        recording.pinned_messages,
+        lambda front: chat.turns(front, len(front))[1],
+    )
+    return split_messages(chat, messages, pinned, policy, recording.source, options)
 
 
 def plan_recording(
@@ -63,24 +103,9 @@ def plan_recording(
     policy: ContextPolicy,
     options: SplitOptions = DEFAULT_OPTIONS,
 ) -> TrajectoryPlan:
-    """Splits one recording and describes its windows.
-
-    Raises:
-        UserError: The pinned prefix or an assistant turn does not fit; names the recording.
-    """
-    pinned = pinned_by(chat, recording, options.pin)
-    made = split_messages(chat, recording.messages, pinned, policy, recording.source, options)
+    """Splits one recording and describes its windows; raises as `split_recording` does."""
+    made = split_recording(chat, recording, policy, options)
     return plan_recorded(recording.recording_id, recording.source, made)
-
-
-def pinned_by(chat: Chat, recording: Recording, pin: Pin) -> int:
-    """How many messages of a recording are pinned, its tokens counted in a dialect."""
-    return pinned_messages(
-        recording.messages,
-        pin,
-        recording.pinned_messages,
-        lambda front: chat.turns(front, len(front))[1],
-    )
 
 
 def _print(console: Console, plans: list[TrajectoryPlan]) -> None:
@@ -133,6 +158,7 @@ def _document(
     return {
         "source": str(config.data.path),
         **config.splitting.model_dump(),
+        **({"stats": stats_document(plans)} if config.stats else {}),
         "trajectories": [plan.to_json() for plan in plans],
         "skipped": skipped,
     }

@@ -135,6 +135,12 @@ def test_splitting_is_refused_by_name(command: str, override: str, said: str) ->
     assert said in str(caught.value)
 
 
+def test_a_corpus_is_drawn_as_svg_or_html_only() -> None:
+    with pytest.raises(UserError, match=r"plot=a\.png: must end in \.svg or \.html"):
+        settings("split", "data.path=x", "plot=a.png")
+    assert settings("split", "data.path=x", "plot=a.html").plot == Path("a.html")
+
+
 def test_what_must_be_given_is_asked_for() -> None:
     with pytest.raises(UserError, match=r"^data\.path is not given: add data\.path=VALUE"):
         settings("split")

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,29 @@ def test_the_command_writes_the_plan(tmp_path: Path) -> None:
     plan = json.loads((tmp_path / "plan.json").read_text())
     assert len(plan["trajectories"]) == 200
     assert any(len(one["windows"]) > 1 for one in plan["trajectories"])
+
+
+def test_the_corpus_is_summed_up_and_drawn(tmp_path: Path) -> None:
+    talk = [{"role": "user", "content": "word " * 30}, {"role": "assistant", "content": "act"}]
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(json.dumps({"messages": talk * n}) + "\n" for n in (1, 4, 9)))
+    splitting = ["splitting.context_limit=200", "splitting.overlap=40", "splitting.reserve=20"]
+    done = klong("split", f"data.path={path}", *splitting, "--stats", "plot=corpus.svg",
+                 "output=plan.json", cwd=tmp_path)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    document = json.loads((tmp_path / "plan.json").read_text())
+    stats, plans = document["stats"], document["trajectories"]
+    lengths = [w["length"] for plan in plans for w in plan["windows"]]
+    pinned = plans[0]["windows"][0]["prefix_tokens"]
+    assert stats["window_tokens"]["total"] == sum(lengths)
+    assert stats["prefix_share"] == pytest.approx(pinned * len(lengths) / sum(lengths))
+    assert stats["windows"]["largest"] == len(plans[2]["windows"]) > 2
+    assert 1 < stats["prefix_sharing_speedup"]["qwen3_8b"] < len(lengths) / 3
+    assert "3 trajectories" in done.stdout
+    assert f"{stats['trained_share']:.1%}" in done.stdout
+    assert "plot written to corpus.svg" in done.stdout
+    drawing = ElementTree.parse(tmp_path / "corpus.svg").getroot()
+    assert len(drawing.findall("{http://www.w3.org/2000/svg}svg")) == 3
 
 
 def test_a_bad_line_is_named_and_can_be_skipped(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import Field, ValidationInfo, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from klong_jax.core.errors import UserError
 from klong_jax.pipelines.config.acting import (
@@ -119,6 +119,18 @@ class SplitConfig(Section):
     splitting: RecordingSplittingSection
     output: Path | None
     """JSON file to write the plan into."""
+    stats: bool
+    """Say what the corpus comes to as a whole, instead of showing single plans; --stats for
+    short."""
+    plot: Path | None
+    """File to draw the corpus into: .svg for one drawing, .html for a page."""
+
+    @field_validator("plot")
+    @classmethod
+    def _drawable(cls, path: Path | None) -> Path | None:
+        if path is not None and path.suffix not in (".svg", ".html"):
+            raise UserError(f"plot={path}: must end in .svg or .html; rename it.")
+        return path
 
 
 class SftConfig(Section):
