@@ -11,6 +11,7 @@ from klong_jax.core.errors import UserError
 from klong_jax.core.jsonio import write_json
 from klong_jax.pipelines.config.commands import SplitConfig
 from klong_jax.pipelines.corpus import draw_corpus, stats_document, stats_table
+from klong_jax.pipelines.windows import check_windows_folder, write_windows
 from klong_jax.sft.recorded import split_messages
 from klong_jax.splitting.pinning import pinned_messages
 from klong_jax.splitting.plan import TrajectoryPlan, plan_recorded
@@ -35,11 +36,18 @@ def run(config: SplitConfig) -> None:
             "tokenizer.path=FILE takes your model's own.",
             style="dim",
         )
+    if config.windows:
+        check_windows_folder(config.windows)
+    chat = Chat(tokenizer)
     plans: list[TrajectoryPlan] = []
     skipped: list[str] = []
     trained = TrainedByPosition(config.splitting.context_limit)
-    for recording, made in _split_all(config, Chat(tokenizer), console, skipped):
-        plans.append(plan_recorded(recording.recording_id, recording.source, made))
+    for recording, made in _split_all(config, chat, console, skipped):
+        plan = plan_recorded(recording.recording_id, recording.source, made)
+        if config.windows:
+            pinned = _pinned(chat, recording, config.splitting.options())
+            write_windows(config.windows, len(plans), recording, pinned, plan)
+        plans.append(plan)
         if config.plot:
             trained.add(made.windows())
     if not plans:
@@ -53,6 +61,8 @@ def run(config: SplitConfig) -> None:
     if config.output:
         write_json(config.output, _document(config, plans, skipped))
         console.print(f"plan written to {config.output}", markup=False)
+    if config.windows:
+        console.print(f"windows written to {config.windows}", markup=False)
     if config.plot:
         draw_corpus(config.plot, config.data.path, plans, trained)
         console.print(f"plot written to {config.plot}", markup=False)
@@ -87,14 +97,19 @@ def split_recording(
     Raises:
         UserError: The pinned prefix or an assistant turn does not fit; names the recording.
     """
-    messages = recording.messages
-    pinned = pinned_messages(
-        messages,
+    pinned = _pinned(chat, recording, options)
+    return split_messages(chat, recording.messages, pinned, policy, recording.source, options)
+
+
+def _pinned(chat: Chat, recording: Recording, options: SplitOptions) -> int:
+    if options.mode == "sliding_no_pin":
+        return 0
+    return pinned_messages(
+        recording.messages,
         options.pin,
         recording.pinned_messages,
         lambda front: chat.turns(front, len(front))[1],
     )
-    return split_messages(chat, messages, pinned, policy, recording.source, options)
 
 
 def plan_recording(

@@ -15,7 +15,7 @@ from klong_jax.pipelines.split import plan_recording
 from klong_jax.splitting.policy import ContextPolicy
 from klong_jax.splitting.recorded import Mode, SplitOptions
 from klong_jax.text.chat import Chat
-from klong_jax.text.formats import Recording, read_recordings
+from klong_jax.text.formats import Recording, detect, read_recordings
 from klong_jax.text.tokenizer import bundled_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -102,7 +102,7 @@ def test_the_corpus_is_summed_up_and_drawn(tmp_path: Path) -> None:
     path.write_text("".join(json.dumps({"messages": talk * n}) + "\n" for n in (1, 4, 9)))
     splitting = ["splitting.context_limit=200", "splitting.overlap=40", "splitting.reserve=20"]
     done = klong("split", f"data.path={path}", *splitting, "--stats", "plot=corpus.svg",
-                 "output=plan.json", cwd=tmp_path)  # fmt: skip
+                 "output=plan.json", "windows=windows", cwd=tmp_path)  # fmt: skip
     assert done.returncode == 0, done.stderr
     document = json.loads((tmp_path / "plan.json").read_text())
     stats, plans = document["stats"], document["trajectories"]
@@ -115,6 +115,9 @@ def test_the_corpus_is_summed_up_and_drawn(tmp_path: Path) -> None:
     assert "3 trajectories" in done.stdout
     assert f"{stats['trained_share']:.1%}" in done.stdout
     assert "plot written to corpus.svg" in done.stdout
+    written = sorted((tmp_path / "windows").iterdir())
+    assert len(written) == len(lengths)
+    assert detect(written[-1]) == "atif"
     drawing = ElementTree.parse(tmp_path / "corpus.svg").getroot()
     assert len(drawing.findall("{http://www.w3.org/2000/svg}svg")) == 3
 

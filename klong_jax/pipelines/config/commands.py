@@ -119,6 +119,8 @@ class SplitConfig(Section):
     splitting: RecordingSplittingSection
     output: Path | None
     """JSON file to write the plan into."""
+    windows: Path | None
+    """Folder to write each window into, as an ATIF document."""
     stats: bool
     """Say what the corpus comes to as a whole, instead of showing single plans; --stats for
     short."""
