@@ -8,6 +8,7 @@ commits what the tracker said once the turn has come about.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 from klong_jax.agent.observation import fit
 from klong_jax.agent.output import output_ids
@@ -149,7 +150,7 @@ class Context:
         suffix_end = len(self._stream) + len(opened.suffix)
         prefix_len = opened.tracker.prefix_len
         begin = max(len(self._stream), prefix_len)
-        history = begin - opened.keep_from
+        history = opened.tracker.history(begin)
         # The limit says it for an overlap in turns as well; below the history in any case.
         kept = min(history // 2, history - 1)
         limit = prefix_len + suffix_end - begin + kept + self._policy.reserve
@@ -212,7 +213,9 @@ class Context:
         if opened.keep_from >= start:
             recent = opened.suffix[opened.keep_from - start :]
         else:
-            recent = (*self._stream[opened.keep_from :], *opened.suffix)
+            edges = (opened.keep_from, *chain(*opened.tracker.left_out), start)
+            shown = (self._stream[a:b] for a, b in zip(edges[::2], edges[1::2], strict=True))
+            recent = (*chain(*shown), *opened.suffix)
         kept = self.messages[self._message_at[opened.keep_from] :]
         return Prompt(
             session=self._session,

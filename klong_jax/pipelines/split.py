@@ -128,7 +128,16 @@ def _print(console: Console, plans: list[TrajectoryPlan]) -> None:
         table = Table(
             title=f"{plan.trajectory_id}: {plan.turns} turns, {plan.stream_tokens} tokens"
         )
-        for name in ("window", "tokens", "pinned", "overlap", "history from", "to", "trains turns"):
+        for name in (
+            "window",
+            "tokens",
+            "pinned",
+            "overlap",
+            "faded",
+            "history from",
+            "to",
+            "trains turns",
+        ):
             table.add_column(name, justify="right")
         table.add_column("trained tokens", justify="right")
         for row in _rows(plan):
@@ -158,13 +167,14 @@ def _rows(plan: TrajectoryPlan) -> Iterator[list[str]]:
             str(window.length),
             str(window.prefix_tokens),
             str(window.overlap_tokens),
+            str(window.faded_tokens),
             str(window.start),
             str(window.end),
             f"{window.first_trained_turn}-{window.last_trained_turn}",
             str(window.trained_tokens),
         ]
     if len(plan.windows) > _SHOWN_WINDOWS:
-        yield [f"... {len(plan.windows) - _SHOWN_WINDOWS} more", *[""] * 7]
+        yield [f"... {len(plan.windows) - _SHOWN_WINDOWS} more", *[""] * 8]
 
 
 def _document(

@@ -21,6 +21,7 @@ class WindowPlan:
         start: Stream position where its history begins.
         end: Stream position where it ends.
         overlap_tokens: Tokens of history it shares with the window before.
+        faded_tokens: Tokens that it leaves out of that history's environment texts.
         context_turns: Turns shown but trained elsewhere.
         first_trained_turn: First turn trained here.
         last_trained_turn: Last turn trained here.
@@ -33,6 +34,7 @@ class WindowPlan:
     start: int
     end: int
     overlap_tokens: int
+    faded_tokens: int
     context_turns: int
     first_trained_turn: int
     last_trained_turn: int
@@ -102,6 +104,8 @@ def plan_windows(turns: Sequence[Turn], spans: Sequence[WindowSpan]) -> tuple[Wi
         first = bisect_left(ends, span.fresh_from + 1)
         last = bisect_left(ends, span.end)
         shown = bisect_left(ends, span.keep_from + 1)
+        faded = sum(end - begin for begin, end in span.left_out)
+        shared = max(0, spans[index - 1].end - span.keep_from) - faded if index else 0
         plans.append(
             WindowPlan(
                 index=index,
@@ -109,7 +113,8 @@ def plan_windows(turns: Sequence[Turn], spans: Sequence[WindowSpan]) -> tuple[Wi
                 prefix_tokens=span.prefix_len,
                 start=span.keep_from,
                 end=span.end,
-                overlap_tokens=max(0, spans[index - 1].end - span.keep_from) if index else 0,
+                overlap_tokens=shared,
+                faded_tokens=faded,
                 context_turns=first - shown if index else 0,
                 first_trained_turn=first,
                 last_trained_turn=last,

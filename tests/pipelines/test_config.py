@@ -126,6 +126,8 @@ def test_processes_are_described_in_full(overrides: list[str], said: str) -> Non
     [
         ("splitting.pin=all", "write opening, reading, turns:N or tokens:N"),
         ("splitting.mode=sliding", "'sliding_no_pin' or 'truncate_tail'"),
+        ("splitting.fade=[64,128]", "must not grow with age"),
+        ("splitting.fade=[64,8]", "splitting.fade.1=8"),
         ("splitting.oversize=drop", "'cut' or 'refuse'"),
     ],
 )

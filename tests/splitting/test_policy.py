@@ -1,6 +1,7 @@
 """The context policy as properties: what DESIGN calls "a window is what the agent saw"."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -157,6 +158,56 @@ def test_a_refused_turn_leaves_the_tracker_as_it_was() -> None:
 def test_contradictory_numbers_are_refused(limit: int, overlap: int, reserve: int) -> None:
     with pytest.raises(UserError, match="splitting"):
         ContextPolicy(limit, overlap, reserve)
+
+
+FADES = st.lists(st.integers(0, 12), min_size=1, max_size=4).map(
+    lambda tokens: tuple(sorted(tokens, reverse=True))
+)
+
+
+@given(recordings(), FADES)
+def test_carried_over_texts_fade_with_age_and_nothing_else_does(
+    case: tuple[tuple[Turn, ...], int, ContextPolicy], fade: tuple[int, ...]
+) -> None:
+    turns, prefix, plain = case
+    policy = replace(plain, fade=fade)
+    stream = token_stream(turns)
+    spans = split(turns, prefix, policy)
+    windows = [cut_window(i, span, *stream) for i, span in enumerate(spans)]
+    trained = [t for window in windows for t in window.tokens[window.trained_mask].tolist()]
+    assert trained == [token for turn in turns for token in turn.output_ids]
+    for span, window in zip(spans, windows, strict=True):
+        assert len(window.tokens) == span.length <= policy.limit
+        shown, ages, end = set(window.tokens.tolist()), 0, len(stream[0])
+        for turn in reversed(turns):
+            begin, end = end - len(turn.suffix_ids) - len(turn.output_ids), end
+            text = turn.suffix_ids[max(0, prefix - begin) :]
+            if begin + len(turn.suffix_ids) <= span.end and max(begin, prefix) >= span.keep_from:
+                seen = [token for token in text if token in shown]
+                assert set(turn.output_ids) <= shown
+                if begin >= span.fresh_from or not span.fresh_from:
+                    assert seen == list(text)
+                else:
+                    most = fade[min(ages, len(fade) - 1)]
+                    ages += 1
+                    head = min(most, len(text)) // 2 if most < len(text) else len(text)
+                    tail = min(most, len(text)) - head
+                    assert seen == [*text[:head], *text[len(text) - tail :]]
+            end = begin
+
+
+def test_fading_makes_room_for_more_turns() -> None:
+    turns = tuple(Turn(tuple(range(n * 20, n * 20 + 16)), (1000 + n,) * 4) for n in range(6))
+    plain = split(turns, 2, ContextPolicy(90, 40, 4))
+    faded = split(turns, 2, ContextPolicy(90, 40, 4, fade=(8, 4)))
+    assert plain[1].fresh_from - plain[1].keep_from == 2 * 20
+    # 8 and 4, twice 4, of the environment, and 4 of the assistant each.
+    assert faded[1].fresh_from - faded[1].keep_from == 4 * 20 - 2
+    assert faded[1].left_out[-1] == (64, 72)
+    with pytest.raises(UserError, match="must not grow with age"):
+        ContextPolicy(90, 40, 4, fade=(4, 8))
+    with pytest.raises(UserError, match="nor be negative"):
+        ContextPolicy(90, 40, 4, fade=(4, -1))
 
 
 def test_history_is_carried_over_by_turns_where_asked() -> None:

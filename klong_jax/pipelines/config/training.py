@@ -1,7 +1,7 @@
 """Settings of what learns: model, windows, optimiser, SFT and the stages of RL."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -58,6 +58,9 @@ class SplittingSection(Section):
     """Most history carried over when a new window starts."""
     overlap_turns: int | None
     """Most turns carried over instead, as far as they fit; null bounds the tokens."""
+    fade: tuple[Annotated[int, Field(ge=32)], ...]
+    """Most environment tokens that a turn carried over still shows, by age: newest first, the last
+    number for all older ones, as in [1024,256,64]; [] shows turns whole."""
     reserve: int
     """Room kept for the next output: what the agent may generate in one turn."""
 
@@ -68,7 +71,9 @@ class SplittingSection(Section):
 
     def policy(self) -> ContextPolicy:
         """The policy with these numbers."""
-        return ContextPolicy(self.context_limit, self.overlap, self.reserve, self.overlap_turns)
+        return ContextPolicy(
+            self.context_limit, self.overlap, self.reserve, self.overlap_turns, self.fade
+        )
 
 
 class RecordingSplittingSection(SplittingSection):
