@@ -69,8 +69,13 @@ class ContextPolicy:
                 f"than context_limit ({self.limit}); lower one of them or raise the limit."
             )
 
-    def check_prefix(self, prefix_len: int, where: str) -> None:
+    def check_prefix(self, prefix_len: int, where: str, otherwise: str = "") -> None:
         """Refuses a pinned prefix that leaves no room for a turn.
+
+        Args:
+            prefix_len: Its tokens.
+            where: Names the trajectory or task.
+            otherwise: What else may be done than raising the limit.
 
         Raises:
             UserError: Names the trajectory or task and the limit that would do.
@@ -79,7 +84,7 @@ class ContextPolicy:
             raise UserError(
                 f"{where}: the pinned prefix has {prefix_len} tokens, which with a reserve of "
                 f"{self.reserve} does not fit into splitting.context_limit={self.limit}; "
-                f"raise it above {prefix_len + self.reserve}."
+                f"raise it above {prefix_len + self.reserve}{otherwise}."
             )
 
     def longest_suffix(self, prefix_len: int) -> int:

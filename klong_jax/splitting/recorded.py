@@ -92,7 +92,8 @@ def split_recorded(
         raise UserError(f"{where}: has no assistant message; nothing can be trained.")
     # Messages behind the last answer may be marked as pinned, but are no part of the stream.
     prefix_len = min(prefix_len, tokens_of(turns)) if options.mode != "sliding_no_pin" else 0
-    policy.check_prefix(prefix_len, where)
+    less = ", or pin less by splitting.pin or the data's pinned_messages"
+    policy.check_prefix(prefix_len, where, less)
 
     def fitted(part: Sequence[Turn]) -> Fitted:
         if options.oversize == "refuse":

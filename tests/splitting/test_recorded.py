@@ -112,3 +112,8 @@ def test_everything_may_be_pinned_and_is_trained_in_the_one_window() -> None:
     split = made(turns, SplitOptions(), prefix_len=30)
     assert split.prefix_len == 18
     assert trained(split) == outputs(turns)
+
+
+def test_a_prefix_that_is_too_long_may_be_shortened_by_the_rule() -> None:
+    with pytest.raises(UserError, match=r"file:1: the pinned prefix.* above 72, or pin less by"):
+        made(recording([(80, 3)]), SplitOptions(), prefix_len=62)
