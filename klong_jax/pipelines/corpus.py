@@ -97,6 +97,7 @@ def _shares(stats: CorpusStats) -> dict[str, str]:
         "trained tokens": f"{stats.trained_tokens:,}",
         "trained share of window tokens": f"{stats.trained_share:.1%}",
         "pinned share of window tokens": f"{stats.prefix_share:.1%}",
+        "tokens faded in what is carried over": f"{stats.faded_tokens:,}",
         "turns cut to fit": f"{stats.cut_turns:,}",
         "tokens cut": f"{stats.cut_tokens:,}",
         "turns dropped at the end": f"{stats.dropped_turns:,}",

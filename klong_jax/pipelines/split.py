@@ -128,16 +128,7 @@ def _print(console: Console, plans: list[TrajectoryPlan]) -> None:
         table = Table(
             title=f"{plan.trajectory_id}: {plan.turns} turns, {plan.stream_tokens} tokens"
         )
-        for name in (
-            "window",
-            "tokens",
-            "pinned",
-            "overlap",
-            "faded",
-            "history from",
-            "to",
-            "trains turns",
-        ):
+        for name in ("window", "tokens", "pinned", "overlap", "history from", "to", "trains turns"):
             table.add_column(name, justify="right")
         table.add_column("trained tokens", justify="right")
         for row in _rows(plan):
@@ -158,6 +149,8 @@ def _print(console: Console, plans: list[TrajectoryPlan]) -> None:
             f"dropped at the ends: {sum(plan.dropped_turns for plan in plans)} turns, "
             f"{dropped} tokens, {lost} of them the assistant's and so untrained"
         )
+    if faded := sum(window.faded_tokens for window in windows):
+        console.print(f"faded in what windows carry over: {faded} tokens of tool output")
 
 
 def _rows(plan: TrajectoryPlan) -> Iterator[list[str]]:
@@ -167,14 +160,13 @@ def _rows(plan: TrajectoryPlan) -> Iterator[list[str]]:
             str(window.length),
             str(window.prefix_tokens),
             str(window.overlap_tokens),
-            str(window.faded_tokens),
             str(window.start),
             str(window.end),
             f"{window.first_trained_turn}-{window.last_trained_turn}",
             str(window.trained_tokens),
         ]
     if len(plan.windows) > _SHOWN_WINDOWS:
-        yield [f"... {len(plan.windows) - _SHOWN_WINDOWS} more", *[""] * 8]
+        yield [f"... {len(plan.windows) - _SHOWN_WINDOWS} more", *[""] * 7]
 
 
 def _document(

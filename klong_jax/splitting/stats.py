@@ -44,6 +44,7 @@ class CorpusStats:
         windows: Windows of a trajectory.
         window_tokens: Tokens of a window.
         prefix_tokens: Pinned tokens, counted in every window.
+        faded_tokens: Tokens left out of environment texts that windows carry over.
         trained_tokens: Tokens that are trained.
         cut_turns: Turns whose environment text was shortened to fit.
         cut_tokens: Environment tokens left out by that.
@@ -58,6 +59,7 @@ class CorpusStats:
     windows: Spread
     window_tokens: Spread
     prefix_tokens: int
+    faded_tokens: int
     trained_tokens: int
     cut_turns: int
     cut_tokens: int
@@ -87,6 +89,7 @@ def corpus_stats(plans: Sequence[TrajectoryPlan]) -> CorpusStats:
         windows=Spread.of(len(plan.windows) for plan in plans),
         window_tokens=Spread.of(window.length for window in windows),
         prefix_tokens=sum(window.prefix_tokens for window in windows),
+        faded_tokens=sum(window.faded_tokens for window in windows),
         trained_tokens=trained,
         cut_turns=sum(len(plan.cut_turns) for plan in plans),
         cut_tokens=sum(plan.cut_tokens for plan in plans),

@@ -9,7 +9,7 @@ from klong_jax.splitting.policy import ContextPolicy
 from klong_jax.splitting.recorded import Mode, SplitOptions, split_recorded
 from klong_jax.splitting.stats import Spread, TrainedByPosition, corpus_stats
 
-POLICY = ContextPolicy(64, 16, 10)
+POLICY = ContextPolicy(64, 16, 10, fade=(12, 4))
 LENGTHS = st.lists(st.tuples(st.integers(6, 40), st.integers(1, 8)), min_size=1, max_size=8)
 
 
@@ -30,6 +30,8 @@ def test_a_corpus_is_the_sum_of_its_windows(
     assert stats.window_tokens.total == sum(len(window.tokens) for window in windows)
     assert stats.window_tokens.largest == max(len(window.tokens) for window in windows)
     assert stats.prefix_tokens == sum(window.prefix_len for window in windows)
+    hidden = [b - a for made in split for span in made.spans for a, b in span.left_out]
+    assert stats.faded_tokens == sum(hidden)
     assert stats.trained_tokens == sum(int(window.trained_mask.sum()) for window in windows)
     said = sum(output for lengths in corpus for _, output in lengths)
     assert stats.trained_tokens + stats.untrained_tokens == said

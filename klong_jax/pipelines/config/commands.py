@@ -76,6 +76,7 @@ class RecipeConfig(Reinforcing):
     distill: DistillSection
     tokenizer: TokenizerTraining
     model: ModelSection
+    splitting: RecordingSplittingSection
     lookup_drills: DrillSection
     component_drills: DrillSection
     sft: SftSection
