@@ -216,6 +216,7 @@ class Context:
             edges = (opened.keep_from, *chain(*opened.tracker.left_out), start)
             shown = (self._stream[a:b] for a, b in zip(edges[::2], edges[1::2], strict=True))
             recent = (*chain(*shown), *opened.suffix)
+        # A model that is told messages gets faded ones whole: it counts in tokens of its own.
         kept = self.messages[self._message_at[opened.keep_from] :]
         return Prompt(
             session=self._session,

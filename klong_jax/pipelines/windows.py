@@ -25,7 +25,8 @@ def write_windows(
     """Writes each window of a recording as `NUMBER-WINDOW.json`.
 
     A step is marked as copied context if an earlier window trains it, or shows it if nobody said
-    it. Texts stand whole; `meta["window"]["cut_turns"]` says which turns were shortened to fit.
+    it. Texts stand whole; `meta["window"]` says which turns' were shortened to fit, and how many
+    tokens of others faded.
 
     Args:
         folder: Where to.
@@ -56,6 +57,7 @@ def _windows(
         about = {
             "index": window.index,
             "count": len(plan.windows),
+            "faded_tokens": window.faded_tokens,
             "cut_turns": [turn for turn in plan.cut_turns if first <= turn <= last],
         }
         part = replace(

@@ -104,8 +104,8 @@ def test_documents_name_each_other_and_what_was_cut(tmp_path: Path) -> None:
     assert "continued_trajectory_ref" not in second
     about = [document["extra"]["klong"]["meta"]["window"] for document in (first, second)]
     assert about == [
-        {"index": 0, "count": 2, "cut_turns": []},
-        {"index": 1, "count": 2, "cut_turns": [1]},
+        {"index": 0, "count": 2, "faded_tokens": 0, "cut_turns": []},
+        {"index": 1, "count": 2, "faded_tokens": 0, "cut_turns": [1]},
     ]
 
 
