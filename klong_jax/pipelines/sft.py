@@ -26,12 +26,13 @@ from klong_jax.pipelines.process import (
     prepare_process,
 )
 from klong_jax.pipelines.rundir import open_run
-from klong_jax.pipelines.split import pinned_messages
+from klong_jax.pipelines.split import split_recording
 from klong_jax.pipelines.stage import stage
 from klong_jax.sft.data import WindowDataset, best_shared, grouped, windows_of
 from klong_jax.sft.loss import sft_loss
 from klong_jax.sft.run import Phase, run_sft
 from klong_jax.splitting.policy import ContextPolicy
+from klong_jax.splitting.recorded import DEFAULT_OPTIONS, SplitOptions
 from klong_jax.text.chat import Chat
 from klong_jax.text.formats import Recording, read_recordings
 from klong_jax.text.tokenizer import bundled_tokenizer, load_tokenizer
@@ -76,6 +77,8 @@ def _windows(config: SftConfig, chat: Chat, console: Console) -> WindowDataset:
         config.splitting.policy(),
         config.sft,
         on_skip=console.print if config.data.skip_bad else None,
+        options=config.splitting.options(),
+        on_loss=console.print,
     )
 
 
@@ -120,6 +123,8 @@ def trajectory_windows(
     context: ContextPolicy,
     section: SftSection,
     on_skip: Callable[[str], None] | None = None,
+    options: SplitOptions = DEFAULT_OPTIONS,
+    on_loss: Callable[[str], None] | None = None,
 ) -> WindowDataset:
     """Splits recordings into windows by the agent's own context policy.
 
@@ -129,17 +134,24 @@ def trajectory_windows(
         context: The context policy.
         section: How many windows are trained together, and how much of them is computed once.
         on_skip: Told of recordings that do not fit; None raises instead.
+        options: What the policy leaves open.
+        on_loss: Told how many turns are not shown whole, if any.
     """
     groups: list[Group] = []
+    cut = dropped = 0
     for recording in recordings:
-        pinned = pinned_messages(recording)
         try:
-            windows = windows_of(chat, recording.messages, pinned, context, recording.source)
-            groups += grouped(windows, section.together)
+            made = split_recording(chat, recording, context, options)
         except UserError as error:
             if on_skip is None:
                 raise
             on_skip(f"skipped: {error}")
+            continue
+        groups += grouped(made.windows(), section.together)
+        cut += len(made.cut_turns)
+        dropped += len(made.dropped)
+    if on_loss is not None and cut + dropped:
+        on_loss(f"{cut} turns cut to fit, {dropped} turns dropped")
     shared = section.shared_prefix
     if shared == "auto":
         shared = best_shared(groups, _SHARED_MULTIPLE)

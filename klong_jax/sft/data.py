@@ -9,8 +9,9 @@ import numpy as np
 
 from klong_jax.core.errors import UserError
 from klong_jax.core.message import Message
-from klong_jax.core.trajectory import Window, cut_window, token_stream
-from klong_jax.splitting.policy import ContextPolicy, split
+from klong_jax.core.trajectory import Window
+from klong_jax.sft.recorded import split_messages
+from klong_jax.splitting.policy import ContextPolicy
 from klong_jax.text.chat import Chat
 from klong_jax.training.batches import Group, Layout
 
@@ -101,11 +102,4 @@ def windows_of(
     Raises:
         UserError: The pinned prefix or a turn does not fit; names `where`.
     """
-    turns, prefix_len = chat.turns(messages, pinned_messages)
-    policy.check_prefix(prefix_len, where)
-    try:
-        spans = split(turns, prefix_len, policy)
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from None
-    stream = token_stream(turns)
-    return tuple(cut_window(index, span, *stream) for index, span in enumerate(spans))
+    return split_messages(chat, messages, pinned_messages, policy, where).windows()

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import Field, ValidationInfo, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from klong_jax.core.errors import UserError
 from klong_jax.pipelines.config.acting import (
@@ -29,6 +29,7 @@ from klong_jax.pipelines.config.training import (
     DataSection,
     DrillSection,
     ModelSection,
+    RecordingSplittingSection,
     RlSection,
     SftSection,
     SplittingSection,
@@ -81,6 +82,7 @@ class RecipeConfig(Reinforcing):
     distill: DistillSection
     tokenizer: TokenizerTraining
     model: ModelSection
+    splitting: RecordingSplittingSection
     lookup_drills: DrillSection
     component_drills: DrillSection
     sft: SftSection
@@ -126,9 +128,23 @@ class SplitConfig(Section):
 
     data: DataSection
     tokenizer: TokenizerSection
-    splitting: SplittingSection
+    splitting: RecordingSplittingSection
     output: Path | None
     """JSON file to write the plan into."""
+    windows: Path | None
+    """Folder to write each window into, as an ATIF document."""
+    stats: bool
+    """Say what the corpus comes to as a whole, instead of showing single plans; --stats for
+    short."""
+    plot: Path | None
+    """File to draw the corpus into: .svg for one drawing, .html for a page."""
+
+    @field_validator("plot")
+    @classmethod
+    def _drawable(cls, path: Path | None) -> Path | None:
+        if path is not None and path.suffix not in (".svg", ".html"):
+            raise UserError(f"plot={path}: must end in .svg or .html; rename it.")
+        return path
 
 
 class SftConfig(Section):
@@ -146,7 +162,7 @@ class SftConfig(Section):
     one from scratch."""
     tokenizer: TokenizerSection
     model: ModelSection
-    splitting: SplittingSection
+    splitting: RecordingSplittingSection
     sft: SftSection
 
     @model_validator(mode="after")

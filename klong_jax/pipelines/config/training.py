@@ -1,7 +1,7 @@
 """Settings of what learns: model, windows, optimiser, SFT and the stages of RL."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -9,7 +9,9 @@ from klong_jax.core.errors import UserError
 from klong_jax.models.config import Remat
 from klong_jax.pipelines.config.section import Section
 from klong_jax.rl.stages import Stage, check_stages
+from klong_jax.splitting.pinning import Pin
 from klong_jax.splitting.policy import ContextPolicy
+from klong_jax.splitting.recorded import Mode, Oversize, SplitOptions
 
 if TYPE_CHECKING:
     from klong_jax.training.optimizer import OptimizerConfig
@@ -54,6 +56,11 @@ class SplittingSection(Section):
     """Longest context the model may see, its output included."""
     overlap: int
     """Most history carried over when a new window starts."""
+    overlap_turns: int | None
+    """Most turns carried over instead, as far as they fit; null bounds the tokens."""
+    fade: tuple[Annotated[int, Field(ge=32)], ...]
+    """Most environment tokens that a turn carried over still shows, by age: newest first, the last
+    number for all older ones, as in [1024,256,64]; [] shows turns whole."""
     reserve: int
     """Room kept for the next output: what the agent may generate in one turn."""
 
@@ -64,7 +71,32 @@ class SplittingSection(Section):
 
     def policy(self) -> ContextPolicy:
         """The policy with these numbers."""
-        return ContextPolicy(self.context_limit, self.overlap, self.reserve)
+        return ContextPolicy(
+            self.context_limit, self.overlap, self.reserve, self.overlap_turns, self.fade
+        )
+
+
+class RecordingSplittingSection(SplittingSection):
+    """The context policy, in tokens, and what is left open when a recording is split by it."""
+
+    pin: str
+    """What every window keeps: opening (all before the first answer), reading (that and the turns
+    that only read), turns:N or tokens:N; what the data marks as pinned wins."""
+    mode: Mode
+    """klong, or what it is compared with: sliding_no_pin (windows without a pinned prefix) or
+    truncate_tail (the first window alone; the rest is dropped)."""
+    oversize: Oversize
+    """A turn longer than a window: cut the middle out of its environment text, or refuse it; what
+    the assistant said is never cut."""
+
+    @model_validator(mode="after")
+    def _known(self) -> "RecordingSplittingSection":
+        self.options()
+        return self
+
+    def options(self) -> SplitOptions:
+        """The options of splitting recordings."""
+        return SplitOptions(Pin.parse(self.pin), self.mode, self.oversize)
 
 
 class TokenizerTraining(Section):
