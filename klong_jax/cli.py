@@ -35,6 +35,7 @@ _EXAMPLES = """Examples:
   klong recipe profile=smoke seed=0             the whole recipe in minutes on two cores
   klong recipe --multirun seed=0,1,2            three runs, each in its own folder
   klong split data.path=FILE splitting.context_limit=4096 splitting.overlap=512
+  klong split data.path=FILE --stats plot=corpus.svg
   klong convert source=HF_DIR output=POLICY_DIR and back with source=POLICY_DIR output=HF_DIR
   klong rubric path=FILE_OR_FOLDER output=rubric.json
 
@@ -49,7 +50,12 @@ _QUIET = (
     "hydra.output_subdir=null",
     "hydra.run.dir=.",
 )
-_FLAGS = ("--multirun", "-m", "--skip-bad", "--help", "-h")
+_SHORT = {
+    "--skip-bad": ("data.skip_bad=true", ("split", "sft")),
+    "--stats": ("stats=true", ("split",)),
+}
+"""Our own options: the setting that each stands for, and the commands that have it."""
+_FLAGS = ("--multirun", "-m", *_SHORT, "--help", "-h")
 # Hydra's own; those with a value take it as the next word or after "=".
 _HYDRA_FLAGS = ("--resolve", "--hydra-help")
 _HYDRA_OPTIONS = ("--cfg", "-c", "--package", "-p", "--info", "-i")
@@ -125,10 +131,12 @@ def _hydra_arguments(command: str, arguments: list[str]) -> list[str]:
                 f"there is no option {name}; settings are given as NAME=VALUE, see "
                 f"klong {command} --help"
             )
-        if word == "--skip-bad":
-            if command not in ("split", "sft"):
-                raise UserError("--skip-bad is an option of klong split and klong sft only")
-            word = "data.skip_bad=true"
+        if word in _SHORT:
+            setting, commands = _SHORT[word]
+            if command not in commands:
+                having = " and ".join(f"klong {name}" for name in commands)
+                raise UserError(f"{word} is an option of {having} only")
+            word = setting
         words.append(word)
         previous = word
     if previous in _HYDRA_OPTIONS:

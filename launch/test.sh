@@ -16,4 +16,5 @@ ruff check
 ruff format --check
 mypy
 lint-imports
-pytest "$@"
+# A file stays in one process; more than a few of them would only wait for memory and services.
+pytest --numprocesses auto --maxprocesses 4 --dist loadfile "$@"

@@ -1,8 +1,12 @@
 """What all tests share."""
 
 import os
+from collections import defaultdict
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+import pytest
 from hypothesis import settings
 
 # How long an example takes depends on the machine, and is nothing a test may fail by.
@@ -15,3 +19,25 @@ if not Path("/dev/nvidia0").exists():
 # Half of the time of most tests of numbers is LLVM's; what they assert holds without its passes.
 # The recipe in full size runs as users run it.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+
+_MEASURED = "measured"
+
+
+@pytest.fixture
+def measured(record_property: Callable[[str, str], None]) -> Callable[[str], None]:
+    """Notes a line of what was measured; the lines stand in tables at the end of the run."""
+    return partial(record_property, _MEASURED)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Prints what was measured, file by file, whichever process ran the tests."""
+    tables: defaultdict[str, list[str]] = defaultdict(list)
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if getattr(report, "when", None) == "call":
+                noted = [str(line) for name, line in report.user_properties if name == _MEASURED]
+                tables[report.nodeid.partition("::")[0]] += noted
+    for file, lines in tables.items():
+        if lines:
+            terminalreporter.section(f"measured by {file}")
+            terminalreporter.write("\n".join(lines) + "\n")

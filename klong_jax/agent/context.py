@@ -8,6 +8,7 @@ commits what the tracker said once the turn has come about.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 from klong_jax.agent.observation import fit
 from klong_jax.agent.output import output_ids
@@ -145,11 +146,12 @@ class Context:
         opened = self._must_be_open()
         suffix_end = len(self._stream) + len(opened.suffix)
         prefix_len = opened.tracker.prefix_len
-        limit = prefix_len + suffix_end - opened.keep_from + self._policy.reserve - 1
-        history = max(len(self._stream), prefix_len) - opened.keep_from
-        tight = replace(
-            self._policy, limit=limit, overlap=min(self._policy.overlap, max(history, 0) // 2)
-        )
+        begin = max(len(self._stream), prefix_len)
+        history = opened.tracker.history(begin)
+        # The limit says it for an overlap in turns as well; below the history in any case.
+        kept = min(history // 2, history - 1)
+        limit = prefix_len + suffix_end - begin + kept + self._policy.reserve
+        tight = replace(self._policy, limit=limit, overlap=min(self._policy.overlap, history // 2))
         try:
             return self._open(tight)
         except ContextOverflow:
@@ -208,7 +210,10 @@ class Context:
         if opened.keep_from >= start:
             recent = opened.suffix[opened.keep_from - start :]
         else:
-            recent = (*self._stream[opened.keep_from :], *opened.suffix)
+            edges = (opened.keep_from, *chain(*opened.tracker.left_out), start)
+            shown = (self._stream[a:b] for a, b in zip(edges[::2], edges[1::2], strict=True))
+            recent = (*chain(*shown), *opened.suffix)
+        # A model that is told messages gets faded ones whole: it counts in tokens of its own.
         kept = self.messages[self._message_at[opened.keep_from] :]
         return Prompt(
             session=self._session,

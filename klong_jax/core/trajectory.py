@@ -8,6 +8,7 @@ tokens. So windows are stored as three positions and materialised on demand.
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from functools import cached_property
+from itertools import chain, pairwise
 from typing import Any
 
 import numpy as np
@@ -81,23 +82,45 @@ class Turn:
 class WindowSpan:
     """Where a window lies in its trajectory's stream.
 
-    The window's tokens are `stream[:prefix_len] + stream[keep_from:end]`; output tokens from
-    `fresh_from` on are trained here, earlier ones are context that another window trains.
+    The window's tokens are `stream[:prefix_len] + stream[keep_from:end]` without the stretches that
+    are left out; output tokens from `fresh_from` on are trained here, earlier ones are context that
+    another window trains.
+
+    Attributes:
+        prefix_len: Pinned tokens at the front of the stream.
+        keep_from: Where the history begins.
+        fresh_from: Where what is trained here begins.
+        end: Where the window ends.
+        left_out: (begin, end) of stretches of the history that are not shown, ascending.
     """
 
     prefix_len: int
     keep_from: int
     fresh_from: int
     end: int
+    left_out: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
-        if not self.prefix_len <= self.keep_from <= self.end or not self.fresh_from <= self.end:
+        edges = (self.keep_from, *chain(*self.left_out), self.end)
+        if (
+            self.prefix_len > self.keep_from
+            or self.fresh_from > self.end
+            or any(a > b for a, b in pairwise(edges))
+        ):
             raise ValueError(f"window positions out of order: {self}")
 
     @property
     def length(self) -> int:
         """Tokens in the window."""
-        return self.prefix_len + self.end - self.keep_from
+        hidden = sum(end - begin for begin, end in self.left_out)
+        return self.prefix_len + self.end - self.keep_from - hidden
+
+    def positions(self) -> np.ndarray:
+        """The stream positions of its tokens, int64."""
+        edges = (0, self.prefix_len, self.keep_from, *chain(*self.left_out), self.end)
+        return np.concatenate(
+            [np.arange(a, b) for a, b in zip(edges[::2], edges[1::2], strict=True)]
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,13 +217,18 @@ class Trajectory:
             task_id=value["task_id"],
             messages=tuple(Message.from_json(message) for message in value["messages"]),
             turns=tuple(Turn.from_json(turn) for turn in value["turns"]),
-            spans=tuple(WindowSpan(**span) for span in value["spans"]),
+            spans=tuple(_span_from_json(span) for span in value["spans"]),
             status=Status(value["status"]),
             active_s=value["active_s"],
             failures=dict(value["failures"]),
             artifact_hash=value["artifact_hash"],
             pinned_messages=value["pinned_messages"],
         )
+
+
+def _span_from_json(value: dict[str, Any]) -> WindowSpan:
+    left_out = tuple((begin, end) for begin, end in value.get("left_out", ()))
+    return WindowSpan(**{**value, "left_out": left_out})
 
 
 def token_stream(
@@ -241,7 +269,7 @@ def cut_window(
     versions: np.ndarray,
 ) -> Window:
     """Materialises one window of a stream."""
-    view = np.r_[0 : span.prefix_len, span.keep_from : span.end]
+    view = span.positions()
     return Window(
         index=index,
         prefix_len=span.prefix_len,

@@ -5,6 +5,8 @@ addition is two operations. Attention is counted causally: only pairs of a query
 sees. Norms, rotations and softmaxes are left out.
 """
 
+from collections.abc import Sequence
+
 from klong_jax.models.config import DecoderConfig
 
 
@@ -55,3 +57,28 @@ def stream_bytes(config: DecoderConfig, itemsize: int) -> int:
         routed = 3 * moe.top_k * (width + moe.expert_size) + 3 * (width + moe.shared_size)
         total += (config.num_layers - config.dense_layers) * routed
     return total * itemsize
+
+
+def prefix_sharing_flops(
+    config: DecoderConfig, prefix: int, fresh: Sequence[int]
+) -> tuple[float, float]:
+    """Operations of training on windows with a common prefix, forward and backward.
+
+    Every token's prediction is computed, and the backward pass takes twice the forward pass.
+    Nothing is counted for layers that are computed again to save memory.
+
+    Args:
+        config: The decoder.
+        prefix: Tokens that all windows begin with.
+        fresh: Tokens of each window behind them.
+
+    Returns:
+        With the prefix computed in every window, and with its keys and values computed once.
+    """
+
+    def both(new: int, cached: int) -> float:
+        return 3 * forward_flops(config, 1, new, cached, new)
+
+    naive = sum(both(prefix + tokens, 0) for tokens in fresh)
+    shared = both(prefix, 0) + sum(both(tokens, prefix) for tokens in fresh)
+    return naive, shared

@@ -6,7 +6,7 @@ whole windows; `extend` appends tokens to a key-value cache whose rows are at di
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,20 @@ Loads = Int[Array, "l e"] | None
 """Counted tokens of each expert in each layer that has experts; None without experts."""
 
 FLOAT32 = DTypes()
+
+
+class Forward(NamedTuple):
+    """What a pass over tokens gives.
+
+    Attributes:
+        hidden: Final hidden states.
+        loads: How many counted tokens each expert of each layer was given; None without experts.
+        cache: Keys and values of each layer and token, if they were asked for.
+    """
+
+    hidden: Float[Array, "b t w"]
+    loads: Loads
+    cache: Cache | None
 
 
 class Decoder(nnx.Module):
@@ -66,31 +80,52 @@ class Decoder(nnx.Module):
             tokens: Token ids.
             remat: What each layer keeps for the backward pass.
         """
-        return self.apply_with_loads(tokens, remat=remat)[0]
+        return self.forward(tokens, remat=remat).hidden
 
-    def apply_with_loads(
-        self, tokens: Int[Array, "b t"], *, remat: Remat = "full", counted: Counted = None
-    ) -> tuple[Float[Array, "b t w"], Loads]:
-        """What `apply` gives, and how many tokens each expert of each layer was given.
+    def forward(
+        self,
+        tokens: Int[Array, "b t"],
+        *,
+        past: Cache | None = None,
+        keep: bool = False,
+        remat: Remat = "full",
+        counted: Counted = None,
+    ) -> Forward:
+        """Runs over whole windows, or over what follows a prefix that was run before.
 
         Args:
             tokens: Token ids.
+            past: Keys and values of the p tokens before them, as `keep` gave them; positions then
+                count from p. Differentiable.
+            keep: Whether to give keys and values.
             remat: What each layer keeps for the backward pass.
-            counted: Which tokens the load counts; all if None.
+            counted: Which tokens the experts' load counts; all if None.
         """
-        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        hidden, loads = self._embed(tokens), None
-        for graph, layers, _ in self._stacks():
+        start = 0 if past is None else past[0].shape[2]
+        positions = jnp.broadcast_to(start + jnp.arange(tokens.shape[1]), tokens.shape)
+        hidden, loads, kept = self._embed(tokens), None, []
+        for graph, layers, numbers in self._stacks():
 
             def layer(
-                hidden: Float[Array, "b t w"], state: Params, graph: Any = graph
-            ) -> tuple[Array, Load]:
+                hidden: Float[Array, "b t w"],
+                given: tuple[Params, tuple[Array, Array] | None],
+                graph: Any = graph,
+            ) -> tuple[Array, tuple[Load, tuple[Array, Array] | None]]:
+                state, before = given
                 block = nnx.merge(graph, state)
-                attended = attention(*block.project(hidden, positions))
-                return block.finish(hidden, attended, counted)
+                query, *own = block.project(hidden, positions)
+                seen = own if before is None else map(_after, before, own)
+                attended = attention(query, *seen)
+                hidden, load = block.finish(hidden, attended, counted)
+                return hidden, (load, (own[0], own[1]) if keep else None)
 
-            hidden, loads = jax.lax.scan(rematerialised(layer, remat), hidden, layers)
-        return self.norm(hidden), loads
+            before = None if past is None else _layers(past, numbers)
+            hidden, (loads, own) = jax.lax.scan(
+                rematerialised(layer, remat), hidden, (layers, before)
+            )
+            kept.append(own)
+        cache = jax.tree.map(lambda *parts: jnp.concatenate(parts), *kept) if keep else None
+        return Forward(self.norm(hidden), loads, cache)
 
     def extend(
         self, tokens: Int[Array, "b t"], positions: Int[Array, "b t"], cache: Cache
@@ -137,6 +172,18 @@ class Decoder(nnx.Module):
             yield *nnx.split(self.dense_blocks), range(self.config.dense_layers)
         first = self.config.dense_layers if self.config.moe else 0
         yield *nnx.split(self.blocks), range(first, self.config.num_layers)
+
+
+def _layers(cache: Cache, numbers: range) -> Cache:
+    """The part of a cache that belongs to a stack of layers."""
+    keys, values = (x[numbers.start : numbers.stop] for x in cache)
+    return keys, values
+
+
+def _after(before: Float[Array, "b p k d"], own: Float[Array, "b t k d"]) -> Array:
+    """Keys or values of a prefix and then of the window."""
+    together = jnp.concatenate([before, own], axis=1)
+    return constrain(together, "batch", "length", "kv_heads", None)
 
 
 def empty_cache(config: DecoderConfig, rows: int, length: int, dtypes: DTypes = FLOAT32) -> Cache:

@@ -26,8 +26,9 @@ from klong_jax.parallel.roofline import Work
 from klong_jax.parallel.rules import array_sharding, placed
 from klong_jax.rl.loss import RlLossConfig, rl_loss
 from klong_jax.sft.loss import sft_loss
-from klong_jax.training.accumulate import LossFn, Trainer, abstract_state
+from klong_jax.training.accumulate import Trainer, abstract_state
 from klong_jax.training.batches import WindowBatch
+from klong_jax.training.loss import WindowLoss
 from klong_jax.training.optimizer import OptimizerConfig, make_optimizer
 
 _BF16, _FLOAT32 = 2, 4
@@ -101,7 +102,7 @@ def _rl(plan: Plan) -> list[Lowered]:
     return _training(plan, lambda graph: rl_loss(graph, RlLossConfig(), remat=plan.remat))
 
 
-def _training(plan: Plan, loss: Callable[[Any], LossFn]) -> list[Lowered]:
+def _training(plan: Plan, loss: Callable[[Any], WindowLoss]) -> list[Lowered]:
     graph, params = abstract(plan.model, DTypes("float32", "bfloat16"))
     optimizer = make_optimizer(plan.optimizer)
     state = abstract_state(params, optimizer)

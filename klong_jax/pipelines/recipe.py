@@ -72,6 +72,7 @@ class _Recipe:
         self.path = folder.path
         self.console = console
         self.context = config.splitting.policy()
+        self.options = config.splitting.options()
         self.mesh = device_mesh(config.mesh)
         self._clock = time.monotonic()
 
@@ -127,7 +128,9 @@ class _Recipe:
 
     def _write_plan(self, recordings: Sequence[Recording], tokenizer: Tokenizer) -> None:
         chat = Chat(tokenizer)
-        plans = [plan_recording(chat, recording, self.context) for recording in recordings]
+        plans = [
+            plan_recording(chat, recording, self.context, self.options) for recording in recordings
+        ]
         longest = max(plans, key=lambda plan: plan.stream_tokens)
         ratio = longest.stream_tokens / self.context.limit
         self.console.print(
@@ -154,7 +157,9 @@ class _Recipe:
                 calls = math.ceil(section.batch * section.length / tokens)
                 rows = math.ceil(section.batch / calls)
                 phases.append(Phase(data, section.steps, section.batch, rows))
-        data = sft_pipeline.trajectory_windows(chat, recordings, self.context)
+        data = sft_pipeline.trajectory_windows(
+            chat, recordings, self.context, sft, options=self.options, on_loss=self.console.print
+        )
         phases.append(Phase(data, sft.steps, sft.batch, sft.micro_batch))
         policy = sft_pipeline.train(
             self.path / "sft", base, phases, sft, self.config.seed, self.console
@@ -198,6 +203,7 @@ class _Recipe:
             config_summary={
                 "context limit": config.splitting.context_limit,
                 "overlap": config.splitting.overlap,
+                "splitting": config.splitting.mode,
                 "stage timeouts": [stage.timeout_s for stage in config.rl.stages],
                 "evaluation timeout": config.eval.timeout_s,
                 "clock": config.clock.kind,

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 from rich.console import Console
 
@@ -24,7 +23,7 @@ from klong_jax.parallel.distributed import (
     start_processes,
     together,
 )
-from klong_jax.parallel.rules import SERVING, constrain, param_specs
+from klong_jax.parallel.rules import SERVING, param_specs
 from klong_jax.pipelines.arena import Arena, open_arena
 from klong_jax.pipelines.config.commands import Reinforcing, RlConfig
 from klong_jax.pipelines.policy import (
@@ -42,12 +41,13 @@ from klong_jax.pipelines.process import (
 from klong_jax.pipelines.rundir import open_run
 from klong_jax.pipelines.stage import stage
 from klong_jax.rl.batch import RlBatch
-from klong_jax.rl.loss import RlLossConfig, rl_loss, window_logprobs
-from klong_jax.rl.run import Collect, Refer, RlRunConfig, roll_out, run_rl
+from klong_jax.rl.loss import RlLossConfig, rl_loss
+from klong_jax.rl.reference import make_refer
+from klong_jax.rl.run import Collect, RlRunConfig, roll_out, run_rl
 from klong_jax.rl.stages import Position
 from klong_jax.text.tasks import load_tasks
 from klong_jax.training.accumulate import Trainer
-from klong_jax.training.batches import WindowBatch, place_batch
+from klong_jax.training.batches import Layout
 from klong_jax.training.checkpoint import Checkpoints
 from klong_jax.training.metrics import MetricsLog
 from klong_jax.training.optimizer import make_optimizer
@@ -117,8 +117,7 @@ async def train(
         groups=section.groups,
         rollouts=section.rollouts,
         tokens_per_rollout=section.tokens_per_rollout,
-        context_limit=config.splitting.context_limit,
-        micro_batch=section.micro_batch,
+        layout=Layout(config.splitting.context_limit, section.micro_batch, section.shared_prefix),
         seed=config.seed,
     )
     with stage(console, "progressive RL", total) as advance:
@@ -132,7 +131,9 @@ async def train(
                 section.router_bias_rate,
             ),
             _collector(shape, [task.task_id for task in tasks], arena),
-            _reference(policy, temperature) if section.kl_beta > 0 else lambda batch: batch,
+            make_refer(policy.graph, policy.params, temperature)
+            if section.kl_beta > 0
+            else lambda batch: batch,
             checkpoints,
             MetricsLog(folder / "metrics.jsonl", done),
             on_step=lambda row: advance(1, _remark(row)),
@@ -162,19 +163,6 @@ def _no_arena() -> None:
 
 def _untold() -> NoReturn:
     raise AssertionError("only the first process rolls out")
-
-
-def _reference(policy: Policy, temperature: float) -> Refer:
-    @jax.jit
-    def logprobs(params: Params, batch: WindowBatch) -> jax.Array:
-        known = window_logprobs(policy.graph, params, batch, temperature=temperature, remat="none")
-        return constrain(jnp.pad(known[0], ((0, 0), (1, 0))), "batch", "length")
-
-    def refer(batch: WindowBatch) -> WindowBatch:
-        batch = place_batch(batch)
-        return replace(batch, reference_logprobs=logprobs(policy.params, batch))
-
-    return refer
 
 
 def _remark(row: dict[str, Any]) -> str:

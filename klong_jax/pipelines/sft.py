@@ -9,7 +9,6 @@ from rich.console import Console
 
 from klong_jax.core.errors import UserError
 from klong_jax.core.message import Message
-from klong_jax.core.trajectory import Window
 from klong_jax.parallel.distributed import start_processes, together
 from klong_jax.pipelines.config.commands import SftConfig
 from klong_jax.pipelines.config.training import DrillSection, SftSection
@@ -28,19 +27,24 @@ from klong_jax.pipelines.process import (
     prepare_process,
 )
 from klong_jax.pipelines.rundir import open_run
-from klong_jax.pipelines.split import pinned_messages
+from klong_jax.pipelines.split import split_recording
 from klong_jax.pipelines.stage import stage
-from klong_jax.sft.data import WindowDataset, windows_of
+from klong_jax.sft.data import WindowDataset, best_shared, grouped, windows_of
 from klong_jax.sft.loss import sft_loss
 from klong_jax.sft.run import Phase, run_sft
 from klong_jax.splitting.policy import ContextPolicy
+from klong_jax.splitting.recorded import DEFAULT_OPTIONS, SplitOptions
 from klong_jax.text.dialect import Dialect
 from klong_jax.text.formats import Recording, read_recordings
 from klong_jax.text.tokenizer import bundled_tokenizer, load_tokenizer
 from klong_jax.training.accumulate import Trainer
+from klong_jax.training.batches import Group
 from klong_jax.training.checkpoint import Checkpoints
 from klong_jax.training.metrics import MetricsLog
 from klong_jax.training.optimizer import make_optimizer
+
+# What kernels of all platforms and meshes of common sizes divide.
+_SHARED_MULTIPLE = 128
 
 
 def run(config: SftConfig) -> None:
@@ -73,7 +77,10 @@ def _windows(config: SftConfig, chat: Dialect, console: Console) -> WindowDatase
         chat,
         read_recordings(config.data.path, skip_bad=config.data.skip_bad, on_skip=console.print),
         config.splitting.policy(),
+        config.sft,
         on_skip=console.print if config.data.skip_bad else None,
+        options=config.splitting.options(),
+        on_loss=console.print,
     )
 
 
@@ -116,7 +123,10 @@ def trajectory_windows(
     chat: Dialect,
     recordings: Iterable[Recording],
     context: ContextPolicy,
+    section: SftSection,
     on_skip: Callable[[str], None] | None = None,
+    options: SplitOptions = DEFAULT_OPTIONS,
+    on_loss: Callable[[str], None] | None = None,
 ) -> WindowDataset:
     """Splits recordings into windows by the agent's own context policy.
 
@@ -124,18 +134,33 @@ def trajectory_windows(
         chat: The dialect.
         recordings: The demonstrations.
         context: The context policy.
+        section: How many windows are trained together, and how much of them is computed once.
         on_skip: Told of recordings that do not fit; None raises instead.
+        options: What the policy leaves open.
+        on_loss: Told how many turns are not shown whole, or not after those before, if any.
     """
-    windows: list[Window] = []
+    groups: list[Group] = []
+    cut = dropped = restarts = 0
     for recording in recordings:
-        pinned = pinned_messages(recording)
         try:
-            windows += windows_of(chat, recording.messages, pinned, context, recording.source)
+            made = split_recording(chat, recording, context, options)
         except UserError as error:
             if on_skip is None:
                 raise
             on_skip(f"skipped: {error}")
-    return WindowDataset("trajectories", tuple(windows), context.limit)
+            continue
+        groups += grouped(made.windows(), section.together)
+        cut += len(made.cut_turns)
+        dropped += len(made.dropped)
+        restarts += sum(bool(turn.restart) for turn in made.turns)
+    if on_loss is not None and cut + dropped:
+        on_loss(f"{cut} turns cut to fit, {dropped} turns dropped")
+    if on_loss is not None and restarts:
+        on_loss(f"{restarts} turns begin windows of their own; klong split says which and why")
+    shared = section.shared_prefix
+    if shared == "auto":
+        shared = best_shared(groups, _SHARED_MULTIPLE)
+    return WindowDataset("trajectories", tuple(groups), context.limit, shared)
 
 
 def drill_windows(
@@ -152,4 +177,4 @@ def drill_windows(
         for window in windows_of(chat, messages, 0, context, name)
         if len(window.tokens) <= section.length
     ]
-    return WindowDataset(name, tuple(windows), section.length)
+    return WindowDataset(name, tuple((window,) for window in windows), section.length)

@@ -2,7 +2,7 @@
 
 import statistics
 from collections.abc import Iterator
-from pathlib import Path
+from dataclasses import replace
 
 from rich.console import Console
 from rich.progress import track
@@ -11,23 +11,26 @@ from rich.table import Table
 from klong_jax.core.errors import UserError
 from klong_jax.core.jsonio import write_json
 from klong_jax.pipelines.config.commands import SplitConfig
+from klong_jax.pipelines.corpus import draw_corpus, stats_document, stats_table
 from klong_jax.pipelines.dialect import make_dialect, remarks
-from klong_jax.splitting.fit import fit_turns
-from klong_jax.splitting.plan import TrajectoryPlan, plan_windows
-from klong_jax.splitting.policy import ContextPolicy, split
+from klong_jax.pipelines.windows import check_windows_folder, write_windows
+from klong_jax.sft.recorded import split_messages
+from klong_jax.splitting.pinning import pinned_messages
+from klong_jax.splitting.plan import TrajectoryPlan, plan_recorded
+from klong_jax.splitting.policy import ContextPolicy
+from klong_jax.splitting.recorded import DEFAULT_OPTIONS, SplitOptions, SplitRecording
+from klong_jax.splitting.stats import TrainedByPosition
 from klong_jax.text.dialect import Dialect
 from klong_jax.text.formats import Recording, read_recordings
 from klong_jax.text.tokenizer import bundled_tokenizer, load_tokenizer
 
 _SHOWN_WINDOWS = 12
 _SHOWN_REMARKS = 6
-_MARKER = "\n[... cut to fit the context ...]\n"
 
 
 def run(config: SplitConfig) -> None:
-    """Reads, plans, prints and, where asked, writes the plan."""
+    """Reads, plans, prints and, where asked, writes the plan and draws the corpus."""
     console = Console()
-    policy = config.splitting.policy()
     path = config.tokenizer.path
     tokenizer = load_tokenizer(path) if path else bundled_tokenizer()
     if path is None:
@@ -36,75 +39,96 @@ def run(config: SplitConfig) -> None:
             "tokenizer.path=FILE takes your model's own.",
             style="dim",
         )
+    if config.windows:
+        check_windows_folder(config.windows)
     chat = make_dialect(config.tokenizer, tokenizer)
+    plans: list[TrajectoryPlan] = []
     skipped: list[str] = []
+    trained = TrainedByPosition(config.splitting.context_limit)
+    for recording, made in _split_all(config, chat, console, skipped):
+        plan = _plan(chat, recording, made)
+        if config.windows:
+            pinned = _pinned(chat, recording, config.splitting.options())
+            write_windows(config.windows, len(plans), recording, pinned, plan)
+        plans.append(plan)
+        if config.plot:
+            trained.add(made.windows())
+    if not plans:
+        raise UserError(f"{config.data.path}: holds no usable trajectory; check the file.")
+    if config.stats:
+        console.print(stats_table(plans))
+    else:
+        _print(console, plans)
+    _print_remarks(console, plans)
+    for line in skipped:
+        console.print(f"skipped: {line}", style="yellow", markup=False)
+    if config.output:
+        write_json(config.output, _document(config, plans, skipped))
+        console.print(f"plan written to {config.output}", markup=False)
+    if config.windows:
+        console.print(f"windows written to {config.windows}", markup=False)
+    if config.plot:
+        draw_corpus(config.plot, config.data.path, plans, trained)
+        console.print(f"plot written to {config.plot}", markup=False)
+
+
+def _split_all(
+    config: SplitConfig, chat: Dialect, console: Console, skipped: list[str]
+) -> Iterator[tuple[Recording, SplitRecording]]:
+    policy, options = config.splitting.policy(), config.splitting.options()
     recordings = list(
         read_recordings(config.data.path, skip_bad=config.data.skip_bad, on_skip=skipped.append)
     )
-    plans = []
     for recording in track(recordings, "splitting", console=console, transient=True):
         try:
-            plans.append(plan_recording(chat, recording, policy))
+            made = split_recording(chat, recording, policy, options)
         except UserError as error:
             if not config.data.skip_bad:
                 raise
             skipped.append(str(error))
-    if not plans:
-        raise UserError(f"{config.data.path}: holds no usable trajectory; check the file.")
-    _print(console, plans)
-    remarked = [f"{plan.trajectory_id}: {line}" for plan in plans for line in plan.remarks]
-    for line in remarked[:_SHOWN_REMARKS]:
-        console.print(line, style="yellow", markup=False)
-    if len(remarked) > _SHOWN_REMARKS:
-        more = len(remarked) - _SHOWN_REMARKS
-        console.print(
-            f"... and {more} more such lines; output=FILE writes them all", style="yellow"
-        )
-    for line in skipped:
-        console.print(f"skipped: {line}", style="yellow", markup=False)
-    if config.output:
-        write_json(config.output, _document(config.data.path, policy, plans, skipped))
-        console.print(f"plan written to {config.output}", markup=False)
+        else:
+            yield recording, made
 
 
-def plan_recording(chat: Dialect, recording: Recording, policy: ContextPolicy) -> TrajectoryPlan:
-    """Splits one recording and describes its windows.
+def split_recording(
+    chat: Dialect,
+    recording: Recording,
+    policy: ContextPolicy,
+    options: SplitOptions = DEFAULT_OPTIONS,
+) -> SplitRecording:
+    """Splits one recording as the agent would have seen it.
 
     Raises:
         UserError: The pinned prefix or an assistant turn does not fit; names the recording.
     """
-    try:
-        turns, prefix_len = chat.turns(recording.messages, pinned_messages(recording))
-    except UserError as error:
-        raise UserError(f"{recording.source}: {error}") from None
-    if not turns:
-        raise UserError(f"{recording.source}: has no assistant message; nothing can be trained.")
-    policy.check_prefix(prefix_len, recording.source)
-    marker = chat.tokenizer.encode(_MARKER, specials=False)
-    fitted = fit_turns(turns, prefix_len, policy, marker)
-    try:
-        spans = split(fitted.turns, prefix_len, policy)
-    except UserError as error:
-        raise UserError(f"{recording.source}: {error}") from None
-    return TrajectoryPlan(
-        trajectory_id=recording.recording_id,
-        source=recording.source,
-        turns=len(turns),
-        stream_tokens=sum(len(turn.suffix_ids) + len(turn.output_ids) for turn in fitted.turns),
-        output_tokens=sum(len(turn.output_ids) for turn in turns),
-        cut_turns=fitted.cut_turns,
-        cut_tokens=fitted.cut_tokens,
-        windows=plan_windows(fitted.turns, spans),
-        remarks=remarks(chat, recording.messages, turns),
+    pinned = _pinned(chat, recording, options)
+    return split_messages(chat, recording.messages, pinned, policy, recording.source, options)
+
+
+def _pinned(chat: Dialect, recording: Recording, options: SplitOptions) -> int:
+    if options.mode == "sliding_no_pin":
+        return 0
+    return pinned_messages(
+        recording.messages,
+        options.pin,
+        recording.pinned_messages,
+        lambda front: chat.turns(front, len(front))[1],
     )
 
 
-def pinned_messages(recording: Recording) -> int:
-    """How many messages are pinned: what the data says, else all before the first answer."""
-    if recording.pinned_messages is not None:
-        return recording.pinned_messages
-    roles = [message.role for message in recording.messages]
-    return roles.index("assistant") if "assistant" in roles else len(roles)
+def plan_recording(
+    chat: Dialect,
+    recording: Recording,
+    policy: ContextPolicy,
+    options: SplitOptions = DEFAULT_OPTIONS,
+) -> TrajectoryPlan:
+    """Splits one recording and describes its windows; raises as `split_recording` does."""
+    return _plan(chat, recording, split_recording(chat, recording, policy, options))
+
+
+def _plan(chat: Dialect, recording: Recording, made: SplitRecording) -> TrajectoryPlan:
+    plan = plan_recorded(recording.recording_id, recording.source, made)
+    return replace(plan, remarks=remarks(chat, recording.messages, (*made.turns, *made.dropped)))
 
 
 def _print(console: Console, plans: list[TrajectoryPlan]) -> None:
@@ -124,9 +148,26 @@ def _print(console: Console, plans: list[TrajectoryPlan]) -> None:
     console.print(
         f"{len(plans)} trajectories, {len(windows)} windows "
         f"(median {statistics.median(w.length for w in windows):.0f} tokens), "
-        f"{sum(w.trained_tokens for w in windows)} trained tokens, "
+        f"{sum(plan.trained_tokens for plan in plans)} trained tokens, "
         f"{sum(len(plan.cut_turns) for plan in plans)} turns cut to fit"
     )
+    if dropped := sum(plan.dropped_tokens for plan in plans):
+        lost = sum(plan.output_tokens - plan.trained_tokens for plan in plans)
+        console.print(
+            f"dropped at the ends: {sum(plan.dropped_turns for plan in plans)} turns, "
+            f"{dropped} tokens, {lost} of them the assistant's and so untrained"
+        )
+    if faded := sum(window.faded_tokens for window in windows):
+        console.print(f"faded in what windows carry over: {faded} tokens of tool output")
+
+
+def _print_remarks(console: Console, plans: list[TrajectoryPlan]) -> None:
+    lines = [f"{plan.trajectory_id}: {line}" for plan in plans for line in plan.remarks]
+    for line in lines[:_SHOWN_REMARKS]:
+        console.print(line, style="yellow", markup=False)
+    if len(lines) > _SHOWN_REMARKS:
+        more = len(lines) - _SHOWN_REMARKS
+        console.print(f"... and {more} more such lines; output=FILE writes them all")
 
 
 def _rows(plan: TrajectoryPlan) -> Iterator[list[str]]:
@@ -146,13 +187,12 @@ def _rows(plan: TrajectoryPlan) -> Iterator[list[str]]:
 
 
 def _document(
-    source: Path, policy: ContextPolicy, plans: list[TrajectoryPlan], skipped: list[str]
+    config: SplitConfig, plans: list[TrajectoryPlan], skipped: list[str]
 ) -> dict[str, object]:
     return {
-        "source": str(source),
-        "context_limit": policy.limit,
-        "overlap": policy.overlap,
-        "reserve": policy.reserve,
+        "source": str(config.data.path),
+        **config.splitting.model_dump(),
+        **({"stats": stats_document(plans)} if config.stats else {}),
         "trajectories": [plan.to_json() for plan in plans],
         "skipped": skipped,
     }

@@ -27,7 +27,6 @@ def write_report(folder: Path, report: RunReport) -> Path:
 
 def render_html(report: RunReport) -> str:
     """The page as text; it loads nothing from anywhere."""
-    style = files("klong_jax.report").joinpath("style.css").read_text(encoding="utf-8")
     lines = summarise(report)
     body = [
         f"<header><h1>{escape(report.title)}</h1>"
@@ -42,12 +41,23 @@ def render_html(report: RunReport) -> str:
         _attempts(report),
         '<div class="pair">' + _timings(report) + _config(report) + "</div>",
     ]
+    return page(report.title, "".join(body))
+
+
+def page(title: str, body: str) -> str:
+    """A self-contained page around HTML in the report's style."""
+    style = stylesheet("style.css") + stylesheet("charts.css")
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(report.title)}</title><style>{style}</style></head>"
-        f"<body><main>{''.join(body)}</main></body></html>\n"
+        f"<title>{escape(title)}</title><style>{style}</style></head>"
+        f"<body><main>{body}</main></body></html>\n"
     )
+
+
+def stylesheet(name: str) -> str:
+    """The text of a stylesheet: style.css for pages, charts.css for what is drawn in them."""
+    return files("klong_jax.report").joinpath(name).read_text(encoding="utf-8")
 
 
 def _tiles(lines: Sequence[PolicySummary]) -> str:

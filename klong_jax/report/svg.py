@@ -132,7 +132,11 @@ def scatter(
 
 
 def histograms(
-    panels: Sequence[Panel], x_label: str, bins: int = 16, least_step: float = 0.0
+    panels: Sequence[Panel],
+    x_label: str,
+    bins: int = 16,
+    least_step: float = 0.0,
+    counted: str = "Attempts",
 ) -> str:
     """Stacked histograms below each other over one x axis.
 
@@ -141,6 +145,7 @@ def histograms(
         x_label: Name of the x axis.
         bins: About how many bars.
         least_step: Least width of a bar; 1 for counts.
+        counted: What the bars count.
     """
     highest = max(value for panel in panels for _, values in panel.layers for value in values)
     step = max(nice_step(max(highest, 1e-9), bins), least_step)
@@ -154,7 +159,7 @@ def histograms(
     for tick in x.ticks:
         parts.append(_text(x(tick), floor + 16, _tick(tick), "tick", "middle"))
     parts.append(_text((x.start + x.end) / 2, floor + 34, x_label, "axis-label", "middle"))
-    return _svg(floor + 42, f"Attempts by {x_label}", parts)
+    return _svg(floor + 42, f"{counted} by {x_label}", parts)
 
 
 def marker(kind: str, x: float, y: float, colour: str, title: str = "") -> str:

@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from klong_jax.core.trajectory import Status, Window
+from klong_jax.core.trajectory import Status
 from klong_jax.rl.advantage import leave_one_out
 from klong_jax.rollout.queue import RolloutResult
+from klong_jax.training.batches import Group
 
 
 @dataclass(frozen=True)
@@ -13,8 +14,8 @@ class RlBatch:
     """What a step trains on and what is told about it.
 
     Attributes:
-        windows: All windows of all rollouts with a non-zero advantage.
-        advantages: One a window: its rollout's.
+        rollouts: The windows of each rollout with a non-zero advantage.
+        advantages: One a rollout.
         scores: Scores of the valid rollouts.
         invalid: Rollouts lost to infrastructure or to the judge.
         timeouts: Valid rollouts that ran out of time.
@@ -22,7 +23,7 @@ class RlBatch:
         mean_active_s: Active seconds of the valid rollouts, averaged.
     """
 
-    windows: tuple[Window, ...]
+    rollouts: tuple[Group, ...]
     advantages: tuple[float, ...]
     scores: tuple[float, ...]
     invalid: int
@@ -32,25 +33,24 @@ class RlBatch:
 
 
 def make_batch(results: Sequence[RolloutResult]) -> RlBatch:
-    """Groups results by their explicit group ids and weighs every window by its advantage."""
+    """Groups results by their explicit group ids and weighs every rollout by its advantage."""
     groups: dict[str, list[RolloutResult]] = {}
     for result in sorted(
         results, key=lambda result: (result.request.group_id, result.request.slot)
     ):
         groups.setdefault(result.request.group_id, []).append(result)
-    windows: list[Window] = []
+    rollouts: list[Group] = []
     advantages: list[float] = []
     for members in groups.values():
         weighed = leave_one_out([member.score for member in members])
         for member, advantage in zip(members, weighed, strict=True):
             if advantage:
-                cut = member.trajectory.windows()
-                windows += cut
-                advantages += [advantage] * len(cut)
+                rollouts.append(member.trajectory.windows())
+                advantages.append(advantage)
     valid = [result for result in results if result.score is not None]
     count = max(1, len(valid))
     return RlBatch(
-        windows=tuple(windows),
+        rollouts=tuple(rollouts),
         advantages=tuple(advantages),
         scores=tuple(result.score for result in valid if result.score is not None),
         invalid=len(results) - len(valid),

@@ -1,6 +1,7 @@
 """The policy-gradient loss: clipped ratio, truncated importance weight, KL to a reference."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +10,9 @@ from jaxtyping import Array, Float
 
 from klong_jax.kernels.linear_cross_entropy import token_logprobs
 from klong_jax.models.config import Remat
-from klong_jax.models.decoder import Decoder, Loads, Params
-from klong_jax.models.routing import EXPERT_LOADS
-from klong_jax.training.accumulate import LossFn
-from klong_jax.training.batches import WindowBatch, real_tokens
+from klong_jax.models.decoder import Decoder
+from klong_jax.training.batches import WindowBatch
+from klong_jax.training.loss import Summed, WindowLoss
 
 
 @dataclass(frozen=True)
@@ -33,31 +33,7 @@ class RlLossConfig:
     temperature: float = 1.0
 
 
-def window_logprobs(
-    graph: nnx.GraphDef[Decoder],
-    params: Params,
-    batch: WindowBatch,
-    *,
-    temperature: float,
-    remat: Remat,
-) -> tuple[Float[Array, "b s"], Float[Array, "b s"], Loads]:
-    """Log-probability of each token after the first, entropy of each prediction, experts' loads.
-
-    The first two are those of the policy that samples with the given temperature.
-    """
-    decoder = nnx.merge(graph, params)
-    tokens = jnp.asarray(batch.tokens)
-    # Whole rows throughout, the last prediction cut off: lengths stay even and divisible.
-    hidden, loads = decoder.apply_with_loads(
-        tokens, remat=remat, counted=real_tokens(jnp.asarray(batch.trained))
-    )
-    logprobs, entropy = token_logprobs(
-        hidden / temperature, decoder.output_embedding, jnp.roll(tokens, -1, axis=1)
-    )
-    return logprobs[:, :-1], entropy[:, :-1], loads
-
-
-def rl_loss(graph: nnx.GraphDef[Decoder], config: RlLossConfig, *, remat: Remat) -> LossFn:
+def rl_loss(graph: nnx.GraphDef[Decoder], config: RlLossConfig, *, remat: Remat) -> WindowLoss:
     """-sum over windows and tokens of mask * w * A * clipped ratio, plus beta * KL.
 
     A batch takes one update, so the proximal policy is the current one with its gradient stopped:
@@ -72,29 +48,32 @@ def rl_loss(graph: nnx.GraphDef[Decoder], config: RlLossConfig, *, remat: Remat)
         config: Numbers.
         remat: What each layer keeps for the backward pass.
     """
+    return WindowLoss(graph, partial(_surrogate, config), remat)
 
-    def loss(params: Params, batch: WindowBatch) -> tuple[Float[Array, ""], dict[str, Array]]:
-        logprobs, entropy, loads = window_logprobs(
-            graph, params, batch, temperature=config.temperature, remat=remat
-        )
-        mask = batch.trained[:, 1:]
-        advantage = batch.weight[:, None]
-        proximal = jax.lax.stop_gradient(logprobs)
-        mismatch = mask * (proximal - batch.behaviour_logprobs[:, 1:])
-        importance = jnp.minimum(jnp.exp(mismatch), config.importance_cap)
-        ratio = jnp.exp(logprobs - proximal)
-        clipped = jnp.clip(ratio, 1 - config.clip, 1 + config.clip)
-        surrogate = jnp.minimum(ratio * advantage, clipped * advantage)
-        gap = mask * (batch.reference_logprobs[:, 1:] - logprobs)
-        kl = jnp.sum(mask * (jnp.exp(gap) - 1 - gap)) if config.kl_beta > 0 else jnp.zeros(())
-        logs = {
-            "entropy": jnp.sum(mask * entropy),
-            "mismatch": jnp.sum(jnp.abs(mismatch)),
-            "trained_tokens": jnp.sum(mask),
-            "kl": kl,
-        }
-        if loads is not None:
-            logs[EXPERT_LOADS] = loads
-        return -jnp.sum(mask * importance * surrogate) + config.kl_beta * kl, logs
 
-    return loss
+def _surrogate(
+    config: RlLossConfig,
+    hidden: Float[Array, "b t w"],
+    embedding: Float[Array, "v w"],
+    targets: WindowBatch,
+) -> Summed:
+    logprobs, entropy = token_logprobs(
+        hidden / config.temperature, embedding, jnp.asarray(targets.tokens)
+    )
+    mask = targets.trained
+    advantage = targets.weight[:, None]
+    proximal = jax.lax.stop_gradient(logprobs)
+    mismatch = mask * (proximal - targets.behaviour_logprobs)
+    importance = jnp.minimum(jnp.exp(mismatch), config.importance_cap)
+    ratio = jnp.exp(logprobs - proximal)
+    clipped = jnp.clip(ratio, 1 - config.clip, 1 + config.clip)
+    surrogate = jnp.minimum(ratio * advantage, clipped * advantage)
+    gap = mask * (targets.reference_logprobs - logprobs)
+    kl = jnp.sum(mask * (jnp.exp(gap) - 1 - gap)) if config.kl_beta > 0 else jnp.zeros(())
+    logs = {
+        "entropy": jnp.sum(mask * entropy),
+        "mismatch": jnp.sum(jnp.abs(mismatch)),
+        "trained_tokens": jnp.sum(mask),
+        "kl": kl,
+    }
+    return -jnp.sum(mask * importance * surrogate) + config.kl_beta * kl, logs

@@ -8,10 +8,11 @@ from typing import Any
 from klong_jax.core.rollout import RolloutRequest
 from klong_jax.models.decoder import Params
 from klong_jax.rl.batch import RlBatch, make_batch
+from klong_jax.rl.reference import Refer
 from klong_jax.rl.stages import Position, Stage, advance, check_stages
 from klong_jax.rollout.queue import RolloutQueue
 from klong_jax.training.accumulate import Trainer, TrainState
-from klong_jax.training.batches import WindowBatch, micro_batches, pad_windows
+from klong_jax.training.batches import Layout, lay_out
 from klong_jax.training.checkpoint import Checkpoints
 from klong_jax.training.metrics import MetricsLog
 
@@ -25,8 +26,7 @@ class RlRunConfig:
         groups: Tasks a step.
         rollouts: Rollouts a task.
         tokens_per_rollout: The loss's constant C: about how many tokens a rollout samples.
-        context_limit: Length windows are padded to.
-        micro_batch: Windows a gradient call.
+        layout: How rollouts become micro-batches.
         seed: Seeds tasks and sampling.
     """
 
@@ -34,15 +34,12 @@ class RlRunConfig:
     groups: int
     rollouts: int
     tokens_per_rollout: int
-    context_limit: int
-    micro_batch: int
+    layout: Layout
     seed: int
 
 
 # Rolls out the step at a position with the given policy, and says what to train on.
 Collect = Callable[[Params, Position, int], Awaitable[RlBatch]]
-# Fills in a micro-batch's log-probabilities under the reference policy.
-Refer = Callable[[WindowBatch], WindowBatch]
 
 
 async def run_rl(
@@ -75,9 +72,8 @@ async def run_rl(
     while position.stage < len(config.stages):
         batch = await collect(state.params, position, int(state.step))
         logs: dict[str, float] = {}
-        if batch.windows:
-            padded = pad_windows(batch.windows, batch.advantages, config.context_limit)
-            micro = map(refer, micro_batches(padded, config.micro_batch))
+        if batch.rollouts:
+            micro = map(refer, lay_out(batch.rollouts, batch.advantages, config.layout))
             planned = config.groups * config.rollouts * config.tokens_per_rollout
             state, logs = trainer.step(state, micro, planned)
         else:
@@ -91,7 +87,7 @@ async def run_rl(
             "mean_score": mean,
             "invalid": batch.invalid,
             "timeouts": batch.timeouts,
-            "windows": len(batch.windows),
+            "windows": sum(map(len, batch.rollouts)),
             "mean_turns": batch.mean_turns,
             "mean_active_s": batch.mean_active_s,
             **logs,

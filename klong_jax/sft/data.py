@@ -1,47 +1,93 @@
 """Datasets of windows, read in a shuffled order that follows from seed and position alone."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
 from klong_jax.core.errors import UserError
 from klong_jax.core.message import Message
-from klong_jax.core.trajectory import Window, cut_window, token_stream
-from klong_jax.splitting.policy import ContextPolicy, split
+from klong_jax.core.trajectory import Window
+from klong_jax.sft.recorded import split_messages
+from klong_jax.splitting.policy import ContextPolicy
 from klong_jax.text.dialect import Dialect
+from klong_jax.training.batches import Group, Layout
 
 
 @dataclass(frozen=True)
 class WindowDataset:
-    """Windows that are trained together.
+    """Groups of windows that are trained together.
 
     Attributes:
         name: For logs.
-        windows: All of them.
+        groups: All of them.
         length: Tokens a window is padded to.
+        shared: Tokens at the front of a group's windows that are computed once; 0 for none.
     """
 
     name: str
-    windows: tuple[Window, ...]
+    groups: tuple[Group, ...]
     length: int
+    shared: int = 0
 
     def __post_init__(self) -> None:
-        if not self.windows:
+        if not self.groups:
             raise UserError(f"sft: the dataset {self.name!r} holds no windows; check its source.")
+        if not any(window.trained_mask.any() for group in self.groups for window in group):
+            raise UserError(
+                f"sft: the dataset {self.name!r} holds no token to train; its recordings need "
+                "assistant messages."
+            )
 
-    def batch(self, position: int, size: int, seed: int) -> list[Window]:
-        """The windows from `position` on, each epoch in an order of its own.
+    def layout(self, rows: int) -> Layout:
+        """How its batches are laid out: the same shapes for all of them."""
+        return Layout(self.length, rows, self.shared, self._prefix_is_trained)
+
+    @cached_property
+    def _prefix_is_trained(self) -> bool:
+        return any(group[0].trained_mask[1 : self.shared].any() for group in self.groups)
+
+    def batch(self, position: int, size: int, seed: int) -> list[Group]:
+        """The groups from `position` on, each epoch in an order of its own.
 
         Nothing is kept between calls: the position is all a checkpoint has to remember.
         """
-        count = len(self.windows)
+        count = len(self.groups)
         chosen = []
         for place in range(position, position + size):
             epoch, index = divmod(place, count)
             order = np.random.default_rng([seed, epoch]).permutation(count)
-            chosen.append(self.windows[order[index]])
+            chosen.append(self.groups[order[index]])
         return chosen
+
+
+def grouped(windows: Sequence[Window], most: int) -> Iterator[Group]:
+    """Cuts the windows of one trajectory into groups of up to `most` neighbours."""
+    for start in range(0, len(windows), most):
+        yield tuple(windows[start : start + most])
+
+
+def best_shared(groups: Sequence[Group], multiple: int) -> int:
+    """The length of the shared prefix that spares the most tokens; 0 if none does.
+
+    A group shares it if its pinned prefix is as long, and then computes it once instead of once a
+    window.
+
+    Args:
+        groups: Windows that are trained together.
+        multiple: What the length is a multiple of.
+    """
+    spared: Counter[int] = Counter()
+    for group in groups:
+        spared[group[0].prefix_len // multiple * multiple] += len(group) - 1
+    best = most = windows = 0
+    for length in sorted(spared, reverse=True):
+        windows += spared[length]
+        if windows * length > most:
+            best, most = length, windows * length
+    return best
 
 
 def windows_of(
@@ -56,14 +102,4 @@ def windows_of(
     Raises:
         UserError: The pinned prefix or a turn does not fit; names `where`.
     """
-    try:
-        turns, prefix_len = chat.turns(messages, pinned_messages)
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from None
-    policy.check_prefix(prefix_len, where)
-    try:
-        spans = split(turns, prefix_len, policy)
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from None
-    stream = token_stream(turns)
-    return tuple(cut_window(index, span, *stream) for index, span in enumerate(spans))
+    return split_messages(chat, messages, pinned_messages, policy, where).windows()

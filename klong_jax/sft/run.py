@@ -7,7 +7,7 @@ from typing import Any
 
 from klong_jax.sft.data import WindowDataset
 from klong_jax.training.accumulate import Trainer, TrainState
-from klong_jax.training.batches import micro_batches, pad_windows
+from klong_jax.training.batches import lay_out
 from klong_jax.training.checkpoint import Checkpoints
 from klong_jax.training.metrics import MetricsLog
 
@@ -19,8 +19,8 @@ class Phase:
     Attributes:
         data: What is trained on.
         steps: Optimiser steps.
-        batch: Windows a step.
-        micro_batch: Windows a gradient call.
+        batch: Groups of windows a step.
+        micro_batch: Windows, or groups that share a prefix, a gradient call.
     """
 
     data: WindowDataset
@@ -62,15 +62,17 @@ def run_sft(
         for index in range(max(0, int(state.step) - first), phase.steps):
             started = time.monotonic()
             position = index * phase.batch
-            windows = phase.data.batch(position, phase.batch, seed)
+            groups = phase.data.batch(position, phase.batch, seed)
+            windows = [window for group in groups for window in group]
             trained = sum(int(window.trained_mask.sum()) for window in windows)
-            padded = pad_windows(windows, [1.0] * len(windows), phase.data.length)
-            batches = micro_batches(padded, phase.micro_batch)
+            layout = phase.data.layout(phase.micro_batch)
+            batches = lay_out(groups, [1.0] * len(groups), layout)
             state, logs = trainer.step(state, batches, trained)
             step = first + index + 1
             row = {
                 "step": step,
                 "phase": phase.data.name,
+                "windows": len(windows),
                 "trained_tokens": trained,
                 **logs,
                 "seconds": time.monotonic() - started,

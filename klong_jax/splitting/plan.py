@@ -7,6 +7,7 @@ from itertools import accumulate
 from typing import Any
 
 from klong_jax.core.trajectory import Turn, WindowSpan
+from klong_jax.splitting.recorded import SplitRecording, tokens_of
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,7 @@ class WindowPlan:
         start: Stream position where its history begins.
         end: Stream position where it ends.
         overlap_tokens: Tokens of history it shares with the window before.
+        faded_tokens: Tokens that it leaves out of that history's environment texts.
         context_turns: Turns shown but trained elsewhere.
         first_trained_turn: First turn trained here.
         last_trained_turn: Last turn trained here.
@@ -32,6 +34,7 @@ class WindowPlan:
     start: int
     end: int
     overlap_tokens: int
+    faded_tokens: int
     context_turns: int
     first_trained_turn: int
     last_trained_turn: int
@@ -47,9 +50,11 @@ class TrajectoryPlan:
         source: Where it was read from.
         turns: Assistant turns.
         stream_tokens: Tokens of the whole interaction, each counted once.
-        output_tokens: Tokens the assistant said; every one is trained once.
+        output_tokens: Tokens the assistant said; every one is trained once, but in dropped turns.
         cut_turns: Turns whose environment text was shortened to fit.
         cut_tokens: Environment tokens left out by that.
+        dropped_turns: Turns at the end that no window shows.
+        dropped_tokens: All their tokens.
         windows: The windows.
         remarks: Where the dialect does not show the recording as it is, and why.
     """
@@ -61,12 +66,36 @@ class TrajectoryPlan:
     output_tokens: int
     cut_turns: tuple[int, ...]
     cut_tokens: int
+    dropped_turns: int
+    dropped_tokens: int
     windows: tuple[WindowPlan, ...]
     remarks: tuple[str, ...] = ()
+
+    @property
+    def trained_tokens(self) -> int:
+        """Tokens that its windows train."""
+        return sum(window.trained_tokens for window in self.windows)
 
     def to_json(self) -> dict[str, Any]:
         """The plan as a JSON object."""
         return asdict(self)
+
+
+def plan_recorded(trajectory_id: str, source: str, made: SplitRecording) -> TrajectoryPlan:
+    """Describes how a recording was split."""
+    every = (*made.turns, *made.dropped)
+    return TrajectoryPlan(
+        trajectory_id=trajectory_id,
+        source=source,
+        turns=len(every),
+        stream_tokens=tokens_of(every),
+        output_tokens=sum(len(turn.output_ids) for turn in every),
+        cut_turns=made.cut_turns,
+        cut_tokens=made.cut_tokens,
+        dropped_turns=len(made.dropped),
+        dropped_tokens=tokens_of(made.dropped),
+        windows=plan_windows(made.turns, made.spans),
+    )
 
 
 def plan_windows(turns: Sequence[Turn], spans: Sequence[WindowSpan]) -> tuple[WindowPlan, ...]:
@@ -77,6 +106,8 @@ def plan_windows(turns: Sequence[Turn], spans: Sequence[WindowSpan]) -> tuple[Wi
         first = bisect_left(ends, span.fresh_from + 1)
         last = bisect_left(ends, span.end)
         shown = bisect_left(ends, span.keep_from + 1)
+        faded = sum(end - begin for begin, end in span.left_out)
+        shared = max(0, spans[index - 1].end - span.keep_from) - faded if index else 0
         plans.append(
             WindowPlan(
                 index=index,
@@ -84,7 +115,8 @@ def plan_windows(turns: Sequence[Turn], spans: Sequence[WindowSpan]) -> tuple[Wi
                 prefix_tokens=span.prefix_len,
                 start=span.keep_from,
                 end=span.end,
-                overlap_tokens=max(0, spans[index - 1].end - span.keep_from) if index else 0,
+                overlap_tokens=shared,
+                faded_tokens=faded,
                 context_turns=first - shown if index else 0,
                 first_trained_turn=first,
                 last_trained_turn=last,

@@ -9,12 +9,15 @@ section 3; the overlap and the truncation of history are the paper's).
 Positions are indices into the trajectory's token stream (see `klong_jax.core.trajectory`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from copy import copy
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from klong_jax.core.errors import UserError
 from klong_jax.core.trajectory import Turn, WindowSpan
+
+_Stretch = tuple[int, int]
 
 
 class ContextOverflow(UserError):
@@ -23,19 +26,38 @@ class ContextOverflow(UserError):
 
 @dataclass(frozen=True)
 class ContextPolicy:
-    """The three numbers of the policy, all in tokens.
+    """The numbers of the policy, in tokens where they do not say turns.
 
     Attributes:
         limit: Longest context the model may see, its output included.
         overlap: Most history carried over when a new window starts.
         reserve: Room kept for the next output: what the agent may generate in one turn.
+        overlap_turns: Most turns carried over instead, as far as they fit; None bounds tokens.
+        fade: Most environment tokens that a turn carried over still shows, by age: the newest
+            first, the last number for all older ones. What stands in the middle of the text is left
+            out; what the assistant said never is. Empty shows turns whole.
     """
 
     limit: int
     overlap: int
     reserve: int
+    overlap_turns: int | None = None
+    fade: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        if self.overlap_turns is not None and self.overlap_turns < 0:
+            raise UserError(
+                f"splitting: overlap_turns must be at least 0, not {self.overlap_turns}; raise it, "
+                "or give null to bound the overlap in tokens."
+            )
+        if (
+            any(older > newer for newer, older in pairwise(self.fade))
+            or min(self.fade, default=0) < 0
+        ):
+            raise UserError(
+                f"splitting: fade must not grow with age nor be negative, unlike {self.fade}; give "
+                "tokens in descending order, as in [1024,256,64]."
+            )
         if min(self.limit, self.reserve) <= 0 or self.overlap < 0:
             raise UserError(
                 "splitting: context_limit and reserve must be positive and overlap at least 0, "
@@ -47,8 +69,13 @@ class ContextPolicy:
                 f"than context_limit ({self.limit}); lower one of them or raise the limit."
             )
 
-    def check_prefix(self, prefix_len: int, where: str) -> None:
+    def check_prefix(self, prefix_len: int, where: str, otherwise: str = "") -> None:
         """Refuses a pinned prefix that leaves no room for a turn.
+
+        Args:
+            prefix_len: Its tokens.
+            where: Names the trajectory or task.
+            otherwise: What else may be done than raising the limit.
 
         Raises:
             UserError: Names the trajectory or task and the limit that would do.
@@ -57,7 +84,7 @@ class ContextPolicy:
             raise UserError(
                 f"{where}: the pinned prefix has {prefix_len} tokens, which with a reserve of "
                 f"{self.reserve} does not fit into splitting.context_limit={self.limit}; "
-                f"raise it above {prefix_len + self.reserve}."
+                f"raise it above {prefix_len + self.reserve}{otherwise}."
             )
 
     def longest_suffix(self, prefix_len: int) -> int:
@@ -81,7 +108,8 @@ class WindowTracker:
     _keep_from: int = field(init=False)
     _fresh_from: int = 0
     _end: int = 0
-    _starts: list[int] = field(default_factory=list)
+    _left_out: tuple[_Stretch, ...] = ()
+    _suffixes: list[_Stretch] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._keep_from = self.prefix_len
@@ -89,13 +117,22 @@ class WindowTracker:
     def fork(self) -> "WindowTracker":
         """A tracker that goes on from here by itself, for a turn that may not come about."""
         other = copy(self)
-        other.closed, other._starts = list(self.closed), list(self._starts)
+        other.closed, other._suffixes = list(self.closed), list(self._suffixes)
         return other
 
     @property
     def keep_from(self) -> int:
         """Where the current window's history begins."""
         return self._keep_from
+
+    @property
+    def left_out(self) -> tuple[tuple[int, int], ...]:
+        """Stretches of the current window's history that are not shown."""
+        return self._left_out
+
+    def history(self, start: int) -> int:
+        """Tokens of history that the current window shows before a turn at `start`."""
+        return start - self._keep_from - _tokens(self._left_out)
 
     @property
     def uncut(self) -> bool:
@@ -116,31 +153,28 @@ class WindowTracker:
 
         Returns:
             Where the history of the turn's window begins: the context is
-            `stream[:prefix_len] + stream[that:suffix_end]`.
+            `stream[:prefix_len] + stream[that:suffix_end]` without what is `left_out`.
 
         Raises:
             ContextOverflow: The turn does not fit even without any history.
         """
         need = max(self.policy.reserve, output_len)
-        if restart and self._starts:
+        if restart and self._suffixes:
             self._close()
-            self._starts = []
+            self._suffixes, self._left_out = [], ()
             self._keep_from = self._fresh_from = start
-
-        def fits(keep_from: int) -> bool:
-            return self.prefix_len + suffix_end - keep_from + need <= self.policy.limit
-
-        if not fits(self._keep_from):
-            kept = [s for s in self._starts if start - s <= self.policy.overlap and fits(s)]
-            if not kept and not fits(start):
+        room = self.policy.limit - need - self.prefix_len - (suffix_end - start)
+        if self.history(start) > room:
+            if room < 0:
                 raise ContextOverflow(
                     f"a turn of {suffix_end - start + need} tokens does not fit beside a pinned "
                     f"prefix of {self.prefix_len} in a context of {self.policy.limit}; raise "
                     "splitting.context_limit or shorten the turn."
                 )
             self._close()
-            self._keep_from, self._fresh_from = min(kept, default=start), start
-        self._starts.append(start)
+            self._keep_from, self._left_out = self._carried_over(start, room)
+            self._fresh_from = start
+        self._suffixes.append((start, suffix_end))
         return self._keep_from
 
     def close_turn(self, end: int) -> None:
@@ -157,19 +191,42 @@ class WindowTracker:
             raise ValueError("the prefix cannot grow after a window has been cut")
         self.prefix_len = self._keep_from = prefix_len
         self._end = max(self._end, prefix_len)
-        self._starts = [start for start in self._starts if start >= prefix_len]
+        self._suffixes = [stretch for stretch in self._suffixes if stretch[0] >= prefix_len]
 
     def spans(self) -> tuple[WindowSpan, ...]:
         """All windows so far, the growing one last."""
         return (*self.closed, self._current())
 
+    def _carried_over(self, start: int, room: int) -> tuple[int, tuple[_Stretch, ...]]:
+        """Where the history of a window that opens at `start` begins, and what it leaves out."""
+        turns, tokens = self.policy.overlap_turns, self.policy.overlap
+        most = room if turns is not None else min(room, tokens)
+        keep_from, left_out = start, tuple[_Stretch, ...]()
+        for age, (begin, end) in enumerate(reversed(self._suffixes)):
+            more = (*self._faded(age, begin, end), *left_out)
+            if age == turns or start - begin - _tokens(more) > most:
+                break
+            keep_from, left_out = begin, more
+        return keep_from, left_out
+
+    def _faded(self, age: int, begin: int, end: int) -> tuple[_Stretch, ...]:
+        """What is left out of the environment's tokens of a turn."""
+        fade = self.policy.fade
+        if not fade or end - begin <= (shown := fade[min(age, len(fade) - 1)]):
+            return ()
+        head = shown // 2
+        return ((begin + head, end - (shown - head)),)
+
     def _current(self) -> WindowSpan:
-        return WindowSpan(
-            self.prefix_len, self._keep_from, self._fresh_from, max(self._end, self._keep_from)
-        )
+        end = max(self._end, self._keep_from)
+        return WindowSpan(self.prefix_len, self._keep_from, self._fresh_from, end, self._left_out)
 
     def _close(self) -> None:
         self.closed.append(self._current())
+
+
+def _tokens(stretches: Iterable[_Stretch]) -> int:
+    return sum(end - begin for begin, end in stretches)
 
 
 def split(turns: Sequence[Turn], prefix_len: int, policy: ContextPolicy) -> tuple[WindowSpan, ...]:

@@ -47,7 +47,8 @@ def template_turns(
     chat.terminator("user")  # refuses a template whose turns have no end
     steps = _pieces(chat, messages)
     if not steps:
-        return (), 0
+        pinned = chat.environment_ids(messages[:pinned_messages], after_output=False)
+        return (), len(pinned)
     if chat.thinking == "keep":
         _verify(chat, messages, steps)
     else:
@@ -157,7 +158,10 @@ def _turns(
         stream += [*suffix, *output]
         if step.number + 1 == pinned_messages:
             prefix_len = len(stream)
-    return tuple(turns), len(stream) if prefix_len is None else prefix_len
+    if prefix_len is None:  # what is pinned goes on behind the last answer
+        behind = messages[steps[-1].number + 1 : pinned_messages]
+        prefix_len = len(stream) + len(chat.environment_ids(behind, after_output=True))
+    return tuple(turns), prefix_len
 
 
 def _suffix(chat: "TemplateChat", context: str) -> list[int]:

@@ -4,7 +4,7 @@ A loss only *sums* over its windows; the caller divides by a denominator known o
 micro-batches add up exactly, however the windows were cut, padded or ordered.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -13,16 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from klong_jax.models.decoder import Params
 from klong_jax.models.routing import EXPERT_LOADS, balance_routers, load_statistics
 from klong_jax.parallel.rules import constrain_params, placed
-from klong_jax.training.batches import place_batch
-
-Batch = Any
-# Sum of the loss over a micro-batch, and sums of what is worth logging, mostly scalars.
-LossFn = Callable[[Params, Batch], tuple[Float[Array, ""], dict[str, Array]]]
+from klong_jax.training.batches import SharedBatch, WindowBatch, place_batch
+from klong_jax.training.loss import WindowLoss
+from klong_jax.training.shared_prefix import SharedPrefixGradient
 
 
 @partial(
@@ -78,18 +76,18 @@ class Trainer:
 
     def __init__(
         self,
-        loss: LossFn,
+        loss: WindowLoss,
         optimizer: optax.GradientTransformation,
         router_bias_rate: float = 0.0,
     ) -> None:
         @jax.jit
-        def start(params: Params, batch: Batch) -> Any:
+        def start(params: Params, batch: WindowBatch) -> Any:
             value, logs = jax.eval_shape(loss, params, batch)
             zeros, sums = jax.tree.map(jnp.zeros_like, (params, {"loss": value, **logs}))
             return constrain_params(zeros), sums
 
         @partial(jax.jit, donate_argnums=1)
-        def accumulate(params: Params, total: Any, batch: Batch) -> Any:
+        def accumulate(params: Params, total: Any, batch: WindowBatch) -> Any:
             (value, logs), grads = jax.value_and_grad(loss, has_aux=True)(params, batch)
             total, sums = jax.tree.map(jnp.add, total, (grads, {"loss": value, **logs}))
             return constrain_params(total), sums
@@ -107,16 +105,31 @@ class Trainer:
             return constrain_params(balance_routers(params, loads, router_bias_rate))
 
         self.start, self.accumulate, self.update = start, accumulate, update
+        self._shared = SharedPrefixGradient(loss)
         self._balance = balance if router_bias_rate > 0 else None
 
+    def add(self, params: Params, total: Any, batch: WindowBatch | SharedBatch) -> Any:
+        """The sums of gradients and logs with a micro-batch's added; None is a sum of nothing."""
+        if isinstance(batch, SharedBatch):
+            if total is None:
+                total = self.start(params, place_batch(batch.windows[0]))
+            return self._shared.add(params, total, batch)
+        batch = place_batch(batch)
+        if total is None:
+            total = self.start(params, batch)
+        return self.accumulate(params, total, batch)
+
     def step(
-        self, state: TrainState, batches: Iterable[Batch], denominator: float
+        self,
+        state: TrainState,
+        batches: Iterable[WindowBatch | SharedBatch],
+        denominator: float,
     ) -> tuple[TrainState, dict[str, float]]:
         """Takes one optimiser step.
 
         Args:
             state: The state; its buffers are reused.
-            batches: Micro-batches of one shape.
+            batches: Micro-batches: of whole windows, or of windows that share a prefix.
             denominator: What the summed loss is divided by.
 
         Returns:
@@ -124,10 +137,8 @@ class Trainer:
             with `grad_norm`.
         """
         total: Any = None
-        for batch in map(place_batch, batches):
-            if total is None:
-                total = self.start(state.params, batch)
-            total = self.accumulate(state.params, total, batch)
+        for batch in batches:
+            total = self.add(state.params, total, batch)
         if total is None:
             raise ValueError("a step needs at least one micro-batch")
         grads, logs = total

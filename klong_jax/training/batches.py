@@ -12,6 +12,9 @@ from jaxtyping import Array, Bool, Float
 from klong_jax.core.trajectory import Window
 from klong_jax.parallel.rules import array_sharding, rounded_up, spread
 
+Group = tuple[Window, ...]
+"""Windows of one trajectory that are trained together; they begin with the same pinned prefix."""
+
 
 @partial(
     jax.tree_util.register_dataclass,
@@ -20,7 +23,7 @@ from klong_jax.parallel.rules import array_sharding, rounded_up, spread
 )
 @dataclass(frozen=True)
 class WindowBatch:
-    """A micro-batch of windows, padded at the end.
+    """A micro-batch of windows, padded at the end: arrays of the host, then of the devices.
 
     Attributes:
         tokens: int32[b, s] token ids, zero where padded.
@@ -30,11 +33,11 @@ class WindowBatch:
         weight: float32[b], the window's weight: 1 in SFT, the advantage in RL.
     """
 
-    tokens: np.ndarray
-    trained: np.ndarray
-    behaviour_logprobs: np.ndarray
-    reference_logprobs: np.ndarray | Array
-    weight: np.ndarray
+    tokens: Any
+    trained: Any
+    behaviour_logprobs: Any
+    reference_logprobs: Any
+    weight: Any
 
 
 def pad_windows(windows: Sequence[Window], weights: Sequence[float], length: int) -> WindowBatch:
@@ -68,6 +71,92 @@ def micro_batches(batch: WindowBatch, rows: int) -> Iterator[WindowBatch]:
             piece = getattr(batch, field.name)[start : start + rows]
             pieces[field.name] = np.pad(piece, ((0, missing), *((0, 0),) * (piece.ndim - 1)))
         yield WindowBatch(**pieces)
+
+
+@dataclass(frozen=True)
+class SharedBatch:
+    """A micro-batch of groups of windows, each with a prefix that is computed once.
+
+    Attributes:
+        prefix: The groups' prefixes, [b, p] tokens, all of them real.
+        trained: Whether a token of a prefix may be trained.
+        windows: What follows: the first window of each group, [b, w] tokens, then the second, and
+            so on; a group that has no more of them is a row of padding.
+    """
+
+    prefix: WindowBatch
+    trained: bool
+    windows: tuple[WindowBatch, ...]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How groups of windows become micro-batches of few fixed shapes.
+
+    Attributes:
+        length: Tokens a window is padded to.
+        rows: Windows, or groups that share a prefix, of a micro-batch; on a mesh rounded up to what
+            its devices share evenly.
+        shared: Tokens at the front of a group's windows that are computed once; 0 computes every
+            window whole, as is done with groups whose pinned prefix is shorter.
+        trained: Whether a token of a shared prefix may be trained.
+    """
+
+    length: int
+    rows: int
+    shared: int = 0
+    trained: bool = True
+
+
+def lay_out(
+    groups: Sequence[Group], weights: Sequence[float], layout: Layout
+) -> Iterator[WindowBatch | SharedBatch]:
+    """Cuts groups of windows, one weight each, into micro-batches."""
+    sharing, alone = [], []
+    for group, weight in zip(groups, weights, strict=True):
+        if 0 < layout.shared <= group[0].prefix_len:
+            sharing.append(pad_windows(group, [weight] * len(group), layout.length))
+        else:
+            alone += [(window, weight) for window in group]
+    # Long groups first: few rows are padding, and those with an n-th window come before the others.
+    sharing.sort(key=lambda group: -len(group.tokens))
+    rows = rounded_up(layout.rows, "batch")
+    for start in range(0, len(sharing), rows):
+        yield _shared(sharing[start : start + rows], rows, layout)
+    if alone:
+        whole = pad_windows([w for w, _ in alone], [weight for _, weight in alone], layout.length)
+        yield from micro_batches(whole, layout.rows)
+
+
+def _shared(groups: Sequence[WindowBatch], rows: int, layout: Layout) -> SharedBatch:
+    front, rest = slice(0, layout.shared), slice(layout.shared, None)
+    # The first window trains the prefix; to the others it is context.
+    heads = [_cut(group, slice(0, 1), front) for group in groups]
+    tails = [
+        [_cut(group, slice(at, at + 1), rest) for group in groups]
+        for at in range(len(groups[0].tokens))
+    ]
+    windows = tuple(_stack(tail, rows) for tail in tails)
+    return SharedBatch(_stack(heads, rows), layout.trained, windows)
+
+
+def _cut(batch: WindowBatch, rows: slice, columns: slice) -> WindowBatch:
+    def cut(value: np.ndarray) -> np.ndarray:
+        return value[rows] if value.ndim == 1 else value[rows, columns]
+
+    piece: WindowBatch = jax.tree.map(cut, batch)
+    return piece
+
+
+def _stack(parts: Sequence[WindowBatch], rows: int) -> WindowBatch:
+    """Rows of several batches in one, and empty ones up to `rows`."""
+
+    def stack(*values: np.ndarray) -> np.ndarray:
+        value = np.concatenate(values)
+        return np.pad(value, ((0, rows - len(value)), *((0, 0),) * (value.ndim - 1)))
+
+    whole: WindowBatch = jax.tree.map(stack, *parts)
+    return whole
 
 
 def real_tokens(trained: Float[Array, "b s"]) -> Bool[Array, "b s"]:

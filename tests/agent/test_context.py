@@ -20,13 +20,20 @@ TURN = st.tuples(st.integers(1, 40), st.lists(st.integers(0, 200), max_size=3), 
 @given(
     limit=st.integers(160, 400),
     overlap=st.integers(0, 80),
+    overlap_turns=st.none() | st.integers(0, 6),
+    fade=st.sampled_from([(), (40,), (60, 30, 20)]),
     turns=st.lists(TURN, min_size=1, max_size=25),
     pin_at=st.integers(0, 25),
 )
 def test_online_windows_are_the_splitters(
-    limit: int, overlap: int, turns: list[tuple[int, list[int], bool]], pin_at: int
+    limit: int,
+    overlap: int,
+    overlap_turns: int | None,
+    fade: tuple[int, ...],
+    turns: list[tuple[int, list[int], bool]],
+    pin_at: int,
 ) -> None:
-    policy = ContextPolicy(limit, overlap, reserve=40)
+    policy = ContextPolicy(limit, overlap, 40, overlap_turns, fade)
     context = Context(chat(), policy, "s", OPENING, "task t")
     for number, (output_len, words, cut) in enumerate(turns):
         prompt = context.open()
@@ -36,14 +43,16 @@ def test_online_windows_are_the_splitters(
         context.close(Completion(Message("assistant", "x"), ids, finish_reason=finish), 0.0)
         span = context.spans[-1]
         stream = [t for turn in context.turns for t in turn.suffix_ids + turn.output_ids]
-        seen = stream[: span.prefix_len] + stream[span.keep_from : span.end - output_len]
-        assert seen == list(prompt.token_ids)
+        seen = [stream[position] for position in span.positions()]
+        assert seen[: span.length - output_len] == list(prompt.token_ids)
         assert prompt.messages[: context.pinned_messages] == tuple(
             context.messages[: context.pinned_messages]
         )
-        # The window's messages say what its tokens say, sampled turns apart.
+        # The window's messages say what its tokens say, sampled turns and faded texts apart.
         visible = chat().tokenizer.decode(prompt.token_ids)
-        assert all(m.content in visible for m in prompt.messages if m.role != "assistant")
+        assert span.left_out or all(
+            m.content in visible for m in prompt.messages if m.role != "assistant"
+        )
         context.observe([Message("tool", "word " * n) for n in words], [4096] * len(words))
         if number == pin_at:
             context.pin()
@@ -53,6 +62,31 @@ def test_online_windows_are_the_splitters(
     trajectory = Trajectory("t", "t", (), taken, context.spans, Status.DONE, 0.0, {})
     trained = sum(int(window.trained_mask.sum()) for window in trajectory.windows())
     assert trained == sum(len(turn.output_ids) for turn in taken)
+
+
+@settings(max_examples=50)
+@given(
+    overlap_turns=st.none() | st.integers(0, 6),
+    fade=st.sampled_from([(), (30, 20)]),
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=20),
+)
+def test_a_shorter_context_has_at_most_half_the_history(
+    overlap_turns: int | None, fade: tuple[int, ...], lengths: list[int]
+) -> None:
+    policy = ContextPolicy(300, 90, 40, overlap_turns, fade)
+    context = Context(chat(), policy, "s", OPENING, "task t")
+    for length in lengths:
+        context.open()
+        context.close(Completion(Message("assistant", "x"), tuple(range(20, 20 + length))), 0.0)
+        context.observe([Message("tool", "word " * (length % 3))], [100])
+    full = context.open()
+    said = chat().environment_ids([context.messages[-1]], after_output=True)
+    bare = full.prefix_len + len(said) + len(chat().prompt_ids)
+    history = len(full.token_ids) - bare
+    shorter = context.open_shorter()
+    assert (shorter is None) == (history == 0)
+    if shorter is not None:
+        assert len(shorter.token_ids) - bare <= history // 2
 
 
 @given(text=st.text(max_size=400), limit=st.integers(-3, 120))

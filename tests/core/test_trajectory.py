@@ -81,6 +81,17 @@ def test_what_a_window_carries() -> None:
     assert window.tokens.dtype == np.int32
 
 
+def test_what_is_left_out_of_a_window_is_not_shown() -> None:
+    turns = [Turn((1, 2), (3,)), Turn((4, 5, 6, 7), (8,)), Turn((9,), (10,))]
+    span = WindowSpan(1, 3, 8, 10, ((4, 6),))
+    window = trajectory_of(turns, [span]).windows()[0]
+    assert window.tokens.tolist() == [1, 4, 7, 8, 9, 10]
+    assert window.trained_mask.tolist() == [False] * 5 + [True]
+    assert span.length == len(window.tokens)
+    trajectory = trajectory_of(turns, [span])
+    assert Trajectory.from_json(json.loads(json.dumps(trajectory.to_json()))) == trajectory
+
+
 def test_a_demonstration_has_no_logprobs() -> None:
     window = trajectory_of([Turn((1,), (2, 3))], [WindowSpan(0, 0, 0, 3)]).windows()[0]
     assert window.behaviour_logprobs.tolist() == [0, 0, 0]
@@ -99,6 +110,14 @@ def test_a_trajectory_survives_json(recorded: list[Turn]) -> None:
 def test_positions_out_of_order_are_refused(positions: tuple[int, int, int, int]) -> None:
     with pytest.raises(ValueError, match="out of order"):
         WindowSpan(*positions)
+
+
+@pytest.mark.parametrize("left_out", [((1, 3),), ((3, 2),), ((2, 4), (3, 5)), ((5, 7),)])
+def test_what_is_left_out_lies_in_order_within_the_window(
+    left_out: tuple[tuple[int, int], ...],
+) -> None:
+    with pytest.raises(ValueError, match="out of order"):
+        WindowSpan(0, 2, 4, 6, left_out)
 
 
 def test_fields_of_unequal_length_are_refused() -> None:

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -10,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from rich.console import Console
 
 from klong_jax.core.errors import UserError
 from klong_jax.models.config import DecoderConfig, MoeConfig
@@ -131,16 +131,15 @@ def test_impossible_mixtures_are_named() -> None:
 
 
 @pytest.mark.slow
-def test_experts_over_a_mesh_equal_one_device(capsys: pytest.CaptureFixture[str]) -> None:
+def test_experts_over_a_mesh_equal_one_device(measured: Callable[[str], None]) -> None:
     program = Path(__file__).with_name("expert_parallel.py")
     done = subprocess.run([sys.executable, program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    measured = [json.loads(line) for line in done.stdout.splitlines()]
-    with capsys.disabled():
-        for row in measured:
-            Console(width=120).print(row)
-    assert len(measured) == 2
-    for row in measured:
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    for row in rows:
+        measured(str(row))
+    assert len(rows) == 2
+    for row in rows:
         assert row["loss"] < 1e-12
         assert row["gradients"] < 1e-10
         assert row["loads_equal"]

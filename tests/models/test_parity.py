@@ -1,6 +1,6 @@
 """Every family against transformers on torch CPU: logits, gradients and greedy generation."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +8,6 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
-from rich.console import Console
-from rich.table import Table
 from transformers_reference import CASES, double_precision, make_reference, on_disk
 
 from klong_jax.engine.programs import Rows, compile_programs
@@ -19,16 +17,7 @@ from klong_jax.models.families import family_of
 from klong_jax.models.families.base import weights_from_hf, weights_to_hf
 
 TOKENS = np.random.default_rng(0).integers(0, 97, (2, 40))
-Note = Callable[..., None]
-
-
-@pytest.fixture(scope="module")
-def note(request: pytest.FixtureRequest) -> Iterator[Note]:
-    """Collects what was measured and prints the table in the end."""
-    table = Table("family and settings", "what", "logits", "gradients", title="parity")
-    yield lambda *row: table.add_row(*row)
-    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
-        Console(width=120).print("", table)
+Note = Callable[[str], None]
 
 
 def params_of(model: torch.nn.Module, config: DecoderConfig, dtypes: DTypes) -> tuple:
@@ -74,26 +63,26 @@ def compare(config: DecoderConfig, dtypes: DTypes) -> tuple[float, float, float]
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_float32(case: str, note: Note) -> None:
+def test_float32(case: str, measured: Note) -> None:
     logits, loss, grads = compare(CASES[case], DTypes())
-    note(case, "float32", f"{logits:.1e}", f"{grads:.1e}")
+    measured(f"float32  logits {logits:.1e}  gradients {grads:.1e}  {case}")
     assert logits < 2e-5
     assert loss < 1e-5
     assert grads < 2e-5
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_float64(case: str, note: Note) -> None:
+def test_float64(case: str, measured: Note) -> None:
     with double_precision(CASES[case]), jax.enable_x64(True):
         logits, loss, grads = compare(CASES[case], DTypes("float64", "float64"))
-    note(case, "float64", f"{logits:.1e}", f"{grads:.1e}")
+    measured(f"float64  logits {logits:.1e}  gradients {grads:.1e}  {case}")
     assert logits < 1e-10
     assert loss < 1e-10
     assert grads < 1e-10
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_64_greedy_tokens(case: str, note: Note) -> None:
+def test_64_greedy_tokens(case: str, measured: Note) -> None:
     config, count, prompt = CASES[case], 64, TOKENS[:, :12]
     model = make_reference(config)
     wanted = model.generate(
@@ -122,6 +111,6 @@ def test_64_greedy_tokens(case: str, note: Note) -> None:
         assert sampled.all()
         got.append(tokens)
     same = int((wanted == np.concatenate(got).T).all(axis=0).sum())
-    note(case, f"{same} of {count} greedy tokens", "", "")
+    measured(f"{same} of {count} greedy tokens  {case}")
     assert same == count
     assert len(set(wanted.flatten())) > 12, "a model that repeats itself shows nothing"

@@ -1,7 +1,7 @@
 """A process of the sharding tests: a step's loss and gradients on meshes, against one device's.
 
-Arguments: a JSON object with `cases` ([model, mesh] pairs), and `save` or `restore` (a folder and a
-mesh) for checkpoints. Prints a JSON object a line.
+Arguments: a JSON object with `cases` ([model, mesh, tokens of a shared prefix]), and `save` or
+`restore` (a folder and a mesh) for checkpoints. Prints a JSON object a line.
 """
 
 import hashlib
@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from klong_jax.core.trajectory import Window
 from klong_jax.models.config import DecoderConfig, MoeConfig
 from klong_jax.models.decoder import build
 from klong_jax.parallel.distributed import start_processes
@@ -22,7 +23,7 @@ from klong_jax.parallel.mesh import MeshShape, make_mesh
 from klong_jax.parallel.rules import param_shardings, spread, use_mesh
 from klong_jax.sft.loss import sft_loss
 from klong_jax.training.accumulate import Trainer, TrainState, abstract_state, init_state
-from klong_jax.training.batches import WindowBatch, place_batch
+from klong_jax.training.batches import Layout, WindowBatch, lay_out
 from klong_jax.training.checkpoint import Checkpoints
 from klong_jax.training.optimizer import OptimizerConfig, make_optimizer
 
@@ -52,27 +53,51 @@ def make_batch(rows: int = 8, length: int = 32) -> WindowBatch:
     return WindowBatch(tokens, trained, zeros, zeros, np.linspace(0.5, 2, rows, dtype=np.float32))
 
 
+def make_groups() -> list[tuple[Window, ...]]:
+    """Windows of twelve trajectories of one to four windows, that begin with 16 common tokens."""
+    rng = np.random.default_rng(1)
+
+    def window(index: int, prefix: np.ndarray, length: int) -> Window:
+        tokens = np.r_[prefix, rng.integers(0, 64, length - 16)].astype(np.int32)
+        trained = (rng.random(length) < 0.5) & ((np.arange(length) >= 16) | (index == 0))
+        return Window(index, 16, tokens, trained, np.zeros(length), np.zeros(length))
+
+    groups = []
+    for count in (1, 2, 3, 4) * 3:
+        prefix = rng.integers(0, 64, 16)
+        groups.append(
+            tuple(window(index, prefix, int(rng.integers(20, 49))) for index in range(count))
+        )
+    return groups
+
+
 @cache
 def built(model: str) -> tuple[Any, Any]:
     """The decoder, made outside of any mesh."""
     return build(MODELS[model], 0)
 
 
-def gradients(model: str) -> tuple[Any, dict[str, Any]]:
-    """Under the active mesh, or on one device without one."""
+def gradients(model: str, shared: int | None) -> tuple[Any, dict[str, Any]]:
+    """Under the active mesh, or on one device without one; of groups if `shared` is not None."""
     graph, params = built(model)
     mesh = jax.sharding.get_mesh()
     if not mesh.empty:
         params = jax.tree.map(spread, params, param_shardings(params, mesh))
     trainer = Trainer(sft_loss(graph, remat="full"), OPTIMIZER)
-    batch = place_batch(make_batch())
-    return trainer.accumulate(params, trainer.start(params, batch), batch)
+    batches: list[Any] = [make_batch()]
+    if shared is not None:
+        groups = make_groups()
+        batches = list(lay_out(groups, [0.5] * len(groups), Layout(48, 8, shared)))
+    total = None
+    for batch in batches:
+        total = trainer.add(params, total, batch)
+    return total
 
 
 @cache
-def alone(model: str) -> tuple[list[np.ndarray], float]:
-    """Gradients and loss on one device."""
-    grads, logs = gradients(model)
+def alone(model: str, grouped: bool) -> tuple[list[np.ndarray], float]:
+    """Gradients and loss of whole windows on one device."""
+    grads, logs = gradients(model, 0 if grouped else None)
     return whole(grads), float(logs["loss"])
 
 
@@ -85,10 +110,10 @@ def whole(tree: Any) -> list[np.ndarray]:
     return [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
 
 
-def compare(model: str, shape: MeshShape) -> dict[str, Any]:
-    expected, loss = alone(model)
+def compare(model: str, shape: MeshShape, shared: int | None = None) -> dict[str, Any]:
+    expected, loss = alone(model, shared is not None)
     with use_mesh(make_mesh(shape)):
-        sharded, logs = gradients(model)
+        sharded, logs = gradients(model, shared)
         found = whole(sharded)
     off = [
         float(np.abs(a - b).max() / (np.abs(b).max() + 1e-6))
@@ -96,6 +121,7 @@ def compare(model: str, shape: MeshShape) -> dict[str, Any]:
     ]
     return {
         "model": model,
+        "shared": shared,
         "mesh": str(shape),
         "processes": jax.process_count(),
         "loss": float(logs["loss"]),
@@ -152,8 +178,8 @@ def main() -> None:
     start_processes()
     jax.config.update("jax_default_matmul_precision", "highest")
     asked = json.loads(sys.argv[1])
-    for model, mesh in asked.get("cases", ()):
-        print(json.dumps(compare(model, MeshShape(**mesh))), flush=True)
+    for model, mesh, shared in asked.get("cases", ()):
+        print(json.dumps(compare(model, MeshShape(**mesh), shared)), flush=True)
     for name, action in (("save", save), ("restore", restore)):
         if name in asked:
             folder, mesh = asked[name]

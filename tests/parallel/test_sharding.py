@@ -8,6 +8,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +17,22 @@ import pytest
 WORKER = Path(__file__).with_name("sharding_worker.py")
 TOLERANCE = 1e-5
 
-CASES: list[tuple[str, dict[str, int]]] = [
-    ("dense", {"fsdp": 8}),
-    ("dense", {"data": 2, "fsdp": 4}),
-    ("dense", {"fsdp": 4, "tensor": 2}),
-    ("dense", {"context": 4, "fsdp": 2}),
-    ("dense", {"data": 2, "fsdp": 2, "tensor": 2}),
-    ("dense", {"data": 2, "context": 2, "tensor": 2}),
-    ("mixture", {"fsdp": 8}),
-    ("mixture", {"expert": 4, "fsdp": 2}),
-    ("mixture", {"context": 4, "fsdp": 2}),
-    ("mixture", {"expert": 2, "context": 2, "tensor": 2}),
+# Model, mesh, and tokens of a prefix that windows share; None trains single windows.
+CASES: list[tuple[str, dict[str, int], int | None]] = [
+    ("dense", {"fsdp": 8}, None),
+    ("dense", {"data": 2, "fsdp": 4}, None),
+    ("dense", {"fsdp": 4, "tensor": 2}, None),
+    ("dense", {"context": 4, "fsdp": 2}, None),
+    ("dense", {"data": 2, "fsdp": 2, "tensor": 2}, None),
+    ("dense", {"data": 2, "context": 2, "tensor": 2}, None),
+    ("mixture", {"fsdp": 8}, None),
+    ("mixture", {"expert": 4, "fsdp": 2}, None),
+    ("mixture", {"context": 4, "fsdp": 2}, None),
+    ("mixture", {"expert": 2, "context": 2, "tensor": 2}, None),
+    ("dense", {"fsdp": 8}, 16),
+    ("dense", {"data": 2, "context": 2, "tensor": 2}, 16),
+    ("mixture", {"context": 4, "fsdp": 2}, 16),
+    ("mixture", {"expert": 2, "context": 2, "tensor": 2}, 16),
 ]
 
 
@@ -66,23 +72,28 @@ def work(asked: dict[str, Any], processes: int = 1) -> list[list[dict[str, Any]]
     return printed
 
 
-def show(rows: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]) -> None:
-    """Prints the table, whether or not the test passes; `off` is relative to a tensor's largest."""
-    with capsys.disabled():
-        print(f"\n{'model':8} {'mesh':32} {'processes':>9} {'loss':>10} {'alone':>10} {'off':>8}")
-        for row in rows:
-            print(
-                f"{row['model']:8} {row['mesh']:32} {row['processes']:9} {row['loss']:10.5f} "
-                f"{row['alone']:10.5f} {row['off']:8.1e}"
-            )
+Note = Callable[[str], None]
+
+
+def show(rows: list[dict[str, Any]], measured: Note) -> None:
+    """The table, whether or not the test passes; `off` is relative to a tensor's largest."""
+    measured(
+        f"{'model':8} {'mesh':32} {'shared':>6} {'processes':>9} {'loss':>10} {'alone':>10} "
+        f"{'off':>8}"
+    )
+    for row in rows:
+        measured(
+            f"{row['model']:8} {row['mesh']:32} {row['shared'] or 0:6} {row['processes']:9} "
+            f"{row['loss']:10.5f} {row['alone']:10.5f} {row['off']:8.1e}"
+        )
 
 
 @pytest.mark.slow
 def test_every_mesh_gives_the_loss_and_gradients_of_one_device(
-    capsys: pytest.CaptureFixture[str],
+    measured: Note,
 ) -> None:
     (rows,) = work({"cases": CASES})
-    show(rows, capsys)
+    show(rows, measured)
     assert len(rows) == len(CASES)
     for row in rows:
         assert row["loss"] == pytest.approx(row["alone"], rel=TOLERANCE), row["mesh"]
@@ -91,20 +102,22 @@ def test_every_mesh_gives_the_loss_and_gradients_of_one_device(
 
 @pytest.mark.slow
 def test_two_processes_equal_one_and_each_restores_the_others_checkpoint(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, measured: Note
 ) -> None:
     mesh = {"fsdp": 4, "context": 2}
-    cases = [("mixture", mesh)]
+    cases = [("mixture", mesh, None), ("mixture", mesh, 16)]
     folder = str(tmp_path / "checkpoints")
     first, second = work({"cases": cases, "save": [folder, mesh]}, processes=2)
-    ((one, restored),) = work({"cases": cases, "restore": [folder, {"expert": 4, "tensor": 2}]})
-    show([first[0], one], capsys)
+    ((*ones, restored),) = work({"cases": cases, "restore": [folder, {"expert": 4, "tensor": 2}]})
+    *twos, saved = first
+    show([*twos, *ones], measured)
     # Nothing depends on the process: both print the same.
     assert first == second
-    assert first[0]["processes"] == 2
-    assert first[0]["loss"] == pytest.approx(one["loss"], rel=TOLERANCE)
-    assert first[0]["norms"] == pytest.approx(one["norms"], rel=TOLERANCE)
-    assert first[0]["off"] < TOLERANCE
-    assert restored["digest"] == first[1]["digest"]
+    for two, one in zip(twos, ones, strict=True):
+        assert two["processes"] == 2
+        assert two["loss"] == pytest.approx(one["loss"], rel=TOLERANCE)
+        assert two["norms"] == pytest.approx(one["norms"], rel=TOLERANCE)
+        assert two["off"] < TOLERANCE
+    assert restored["digest"] == saved["digest"]
     assert restored["position"] == 7
     assert restored["in_place"]

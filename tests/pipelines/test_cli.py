@@ -84,6 +84,7 @@ def test_help_is_quick_to_import() -> None:
         (["split", "data.pth=x"], "did you mean data.path?"),
         (["split", "--quick"], "there is no option --quick"),
         (["rubric", "path=x", "--skip-bad"], "--skip-bad is an option of klong split"),
+        (["sft", "data.path=x", "--stats"], "--stats is an option of klong split only"),
         (["split", "data.path"], "cannot read the override"),
         (["split", "data.path=["], "cannot read the override"),
         (["split", "~data.nothing"], "data.nothing"),
@@ -146,9 +147,10 @@ def test_a_bad_job_of_a_multirun_does_not_end_the_others(klong: Klong, tmp_path:
 
 
 def test_cfg_prints_the_settings(klong: Klong) -> None:
-    done = klong("split", "--cfg", "job", "--skip-bad")
+    done = klong("split", "--cfg", "job", "--skip-bad", "--stats")
     assert (done.returncode, done.stderr) == (0, "")
     assert "skip_bad: true" in done.stdout
+    assert "stats: true" in done.stdout
 
 
 def test_interrupt_says_how_to_resume(tmp_path: Path) -> None:

@@ -120,6 +120,29 @@ def test_processes_are_described_in_full(overrides: list[str], said: str) -> Non
     assert said in str(caught.value)
 
 
+@pytest.mark.parametrize("command", ["split", "sft"])
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("splitting.pin=all", "write opening, reading, turns:N or tokens:N"),
+        ("splitting.mode=sliding", "'sliding_no_pin' or 'truncate_tail'"),
+        ("splitting.fade=[64,128]", "must not grow with age"),
+        ("splitting.fade=[64,8]", "splitting.fade.1=8"),
+        ("splitting.oversize=drop", "'cut' or 'refuse'"),
+    ],
+)
+def test_splitting_is_refused_by_name(command: str, override: str, said: str) -> None:
+    with pytest.raises(UserError) as caught:
+        settings(command, "data.path=x", override)
+    assert said in str(caught.value)
+
+
+def test_a_corpus_is_drawn_as_svg_or_html_only() -> None:
+    with pytest.raises(UserError, match=r"plot=a\.png: must end in \.svg or \.html"):
+        settings("split", "data.path=x", "plot=a.png")
+    assert settings("split", "data.path=x", "plot=a.html").plot == Path("a.html")
+
+
 def test_what_must_be_given_is_asked_for() -> None:
     with pytest.raises(UserError, match=r"^data\.path is not given: add data\.path=VALUE"):
         settings("split")

@@ -5,12 +5,14 @@ import shutil
 from pathlib import Path
 
 import pytest
+from hydra import compose, initialize_config_dir
 
 import klong_jax.text
-from klong_jax.cli import main
 from klong_jax.core.errors import UserError
+from klong_jax.pipelines.compose import config_dir, validate
 from klong_jax.pipelines.config.training import TokenizerSection
 from klong_jax.pipelines.dialect import load_dialect, make_dialect, save_dialect
+from klong_jax.pipelines.split import run
 from klong_jax.text.chat import Chat
 from klong_jax.text.template_chat import TemplateChat
 from klong_jax.text.tokenizer import bundled_tokenizer
@@ -102,9 +104,9 @@ def test_the_plan_says_where_and_why_a_new_window_begins(
     arguments = [f"data.path={data}", f"tokenizer.path={model}", f"output={output}"]
 
     def plan(*more: str) -> dict[str, object]:
-        with pytest.raises(SystemExit) as ended:
-            main(["split", *arguments, *more])
-        assert ended.value.code == 0
+        overrides = [*arguments, *more]
+        with initialize_config_dir(str(config_dir()), version_base="1.3"):
+            run(validate("split", compose("split", overrides), overrides))
         return dict(json.loads(output.read_text())["trajectories"][0])
 
     assert plan()["remarks"] == []

@@ -4,14 +4,18 @@ import json
 import os
 import subprocess
 import sys
+import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
 
+from klong_jax.core.message import Message
+from klong_jax.pipelines.sft import trajectory_windows
 from klong_jax.pipelines.split import plan_recording
 from klong_jax.splitting.policy import ContextPolicy
+from klong_jax.splitting.recorded import Mode, SplitOptions
 from klong_jax.text.chat import Chat
-from klong_jax.text.formats import read_recordings
+from klong_jax.text.formats import Recording, detect, read_recordings
 from klong_jax.text.tokenizer import bundled_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -53,6 +57,27 @@ def test_the_plan_of_every_real_recording_adds_up() -> None:
     assert split >= 3
 
 
+def long_recording() -> Recording:
+    opening = (Message("system", "Be good."), Message("user", "Do it."))
+    turns = [Message("assistant", "act"), Message("tool", "long " * 90)] * 4
+    return Recording("f:1", "one", (*opening, *turns, Message("assistant", "done")))
+
+
+@pytest.mark.parametrize("mode", ["klong", "sliding_no_pin", "truncate_tail"])
+def test_training_splits_as_the_plan_says(mode: Mode) -> None:
+    chat, recording, options = Chat(bundled_tokenizer()), long_recording(), SplitOptions(mode=mode)
+    policy = ContextPolicy(100, 20, 12)
+    plan = plan_recording(chat, recording, policy, options)
+    losses: list[str] = []
+    data = trajectory_windows(chat, [recording], policy, options=options, on_loss=losses.append)
+    assert [(w.length, w.prefix_tokens, w.trained_tokens) for w in plan.windows] == [
+        (len(w.tokens), w.prefix_len, int(w.trained_mask.sum())) for w in data.windows
+    ]
+    assert len(plan.cut_turns) == (0 if mode == "truncate_tail" else 4)
+    assert plan.dropped_turns == (4 if mode == "truncate_tail" else 0)
+    assert losses == [f"{len(plan.cut_turns)} turns cut to fit, {plan.dropped_turns} turns dropped"]
+
+
 def test_the_command_writes_the_plan(tmp_path: Path) -> None:
     need_data()
     source = SHARED / "tau-bench" / "gpt-4o-airline.json"
@@ -69,6 +94,32 @@ def test_the_command_writes_the_plan(tmp_path: Path) -> None:
     plan = json.loads((tmp_path / "plan.json").read_text())
     assert len(plan["trajectories"]) == 200
     assert any(len(one["windows"]) > 1 for one in plan["trajectories"])
+
+
+def test_the_corpus_is_summed_up_and_drawn(tmp_path: Path) -> None:
+    talk = [{"role": "user", "content": "word " * 30}, {"role": "assistant", "content": "act"}]
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(json.dumps({"messages": talk * n}) + "\n" for n in (1, 4, 9)))
+    splitting = ["splitting.context_limit=200", "splitting.overlap=40", "splitting.reserve=20"]
+    done = klong("split", f"data.path={path}", *splitting, "--stats", "plot=corpus.svg",
+                 "output=plan.json", "windows=windows", cwd=tmp_path)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    document = json.loads((tmp_path / "plan.json").read_text())
+    stats, plans = document["stats"], document["trajectories"]
+    lengths = [w["length"] for plan in plans for w in plan["windows"]]
+    pinned = plans[0]["windows"][0]["prefix_tokens"]
+    assert stats["window_tokens"]["total"] == sum(lengths)
+    assert stats["prefix_share"] == pytest.approx(pinned * len(lengths) / sum(lengths))
+    assert stats["windows"]["largest"] == len(plans[2]["windows"]) > 2
+    assert 1 < stats["prefix_sharing_speedup"]["qwen3_8b"] < len(lengths) / 3
+    assert "3 trajectories" in done.stdout
+    assert f"{stats['trained_share']:.1%}" in done.stdout
+    assert "plot written to corpus.svg" in done.stdout
+    written = sorted((tmp_path / "windows").iterdir())
+    assert len(written) == len(lengths)
+    assert detect(written[-1]) == "atif"
+    drawing = ElementTree.parse(tmp_path / "corpus.svg").getroot()
+    assert len(drawing.findall("{http://www.w3.org/2000/svg}svg")) == 3
 
 
 def test_a_bad_line_is_named_and_can_be_skipped(tmp_path: Path) -> None:

@@ -17,21 +17,21 @@ def dataset(count: int) -> WindowDataset:
         one = np.array([index])
         return Window(index, 0, one, one > -1, one.astype(np.float32), one)
 
-    return WindowDataset("test", tuple(window(index) for index in range(count)), 1)
+    return WindowDataset("test", tuple((window(index),) for index in range(count)), 1)
 
 
 def test_an_epoch_holds_each_window_once_in_an_order_of_its_own() -> None:
     data = dataset(10)
-    seen = [w.index for position in range(0, 30, 5) for w in data.batch(position, 5, seed=3)]
+    seen = [w.index for position in range(0, 30, 5) for (w,) in data.batch(position, 5, seed=3)]
     epochs = [seen[0:10], seen[10:20], seen[20:30]]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 3
 
 
 def test_the_batch_at_a_position_is_always_the_same() -> None:
-    first = [w.index for w in dataset(10).batch(7, 6, seed=1)]
-    assert first == [w.index for w in dataset(10).batch(7, 6, seed=1)]
-    assert first != [w.index for w in dataset(10).batch(7, 6, seed=2)]
+    first = [w.index for (w,) in dataset(10).batch(7, 6, seed=1)]
+    assert first == [w.index for (w,) in dataset(10).batch(7, 6, seed=1)]
+    assert first != [w.index for (w,) in dataset(10).batch(7, 6, seed=2)]
 
 
 def test_a_prefix_that_does_not_fit_names_the_recording() -> None:

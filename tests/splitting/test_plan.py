@@ -26,9 +26,11 @@ def test_any_recording_fits_once_its_suffixes_are_cut(lengths: list[tuple[int, i
     assert all(span.length <= policy.limit for span in split(fitted.turns, 0, policy))
 
 
-@given(LENGTHS)
-def test_the_plan_counts_what_the_windows_hold(lengths: list[tuple[int, int]]) -> None:
-    policy = ContextPolicy(limit=300, overlap=60, reserve=10)
+@given(LENGTHS, st.sampled_from([(), (30,), (40, 12)]))
+def test_the_plan_counts_what_the_windows_hold(
+    lengths: list[tuple[int, int]], fade: tuple[int, ...]
+) -> None:
+    policy = ContextPolicy(limit=300, overlap=60, reserve=10, fade=fade)
     turns = tuple(Turn(tuple(range(s)), tuple(range(1000, 1000 + o))) for s, o in lengths)
     spans = split(turns, 0, policy)
     stream = token_stream(turns)
@@ -41,6 +43,10 @@ def test_the_plan_counts_what_the_windows_hold(lengths: list[tuple[int, int]]) -
         assert plan.length == len(window.tokens)
         assert plan.trained_tokens == int(window.trained_mask.sum())
         assert plan.overlap_tokens <= policy.overlap
+        own = turns[plan.first_trained_turn : plan.last_trained_turn + 1]
+        fresh = sum(len(turn.suffix_ids) + len(turn.output_ids) for turn in own)
+        assert plan.length == plan.overlap_tokens + fresh
+        assert plan.faded_tokens == plan.end - plan.start - plan.length
 
 
 def test_the_middle_goes_and_the_ends_stay() -> None:

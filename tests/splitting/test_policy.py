@@ -1,6 +1,7 @@
 """The context policy as properties: what DESIGN calls "a window is what the agent saw"."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -35,7 +36,8 @@ def recordings(draw: st.DrawFn) -> tuple[tuple[Turn, ...], int, ContextPolicy]:
     limit = prefix + 12 + reserve + draw(st.integers(0, 60))
     overlap = draw(st.integers(0, 40))
     assume(overlap + reserve < limit)
-    return tuple(turns), prefix, ContextPolicy(limit, overlap, reserve)
+    overlap_turns = draw(st.none() | st.integers(0, 5))
+    return tuple(turns), prefix, ContextPolicy(limit, overlap, reserve, overlap_turns)
 
 
 @given(recordings())
@@ -76,14 +78,23 @@ def test_consecutive_windows_overlap_as_much_as_asked_and_no_more(
     spans = split(turns, prefix, policy)
     for before, after in itertools.pairwise(spans):
         assert after.fresh_from == before.end
-        assert before.end - after.keep_from <= policy.overlap
+        carried = [s for s in starts if after.keep_from <= s < before.end and s >= prefix]
+        if policy.overlap_turns is None:
+            assert before.end - after.keep_from <= policy.overlap
+        else:
+            assert len(carried) <= policy.overlap_turns
         # One more turn of history would have broken the overlap or the limit.
         earlier = [s for s in starts if s < after.keep_from]
         if earlier:
             turn = int(np.searchsorted(ends, after.fresh_from, side="right"))
             need = max(policy.reserve, len(turns[turn].output_ids))
             context = prefix + int(starts[turn]) + len(turns[turn].suffix_ids) - int(earlier[-1])
-            assert before.end - earlier[-1] > policy.overlap or context + need > policy.limit - 12
+            full = (
+                before.end - earlier[-1] > policy.overlap
+                if policy.overlap_turns is None
+                else len(carried) == policy.overlap_turns
+            )
+            assert full or context + need > policy.limit - 12
 
 
 @given(recordings())
@@ -147,6 +158,65 @@ def test_a_refused_turn_leaves_the_tracker_as_it_was() -> None:
 def test_contradictory_numbers_are_refused(limit: int, overlap: int, reserve: int) -> None:
     with pytest.raises(UserError, match="splitting"):
         ContextPolicy(limit, overlap, reserve)
+
+
+FADES = st.lists(st.integers(0, 12), min_size=1, max_size=4).map(
+    lambda tokens: tuple(sorted(tokens, reverse=True))
+)
+
+
+@given(recordings(), FADES)
+def test_carried_over_texts_fade_with_age_and_nothing_else_does(
+    case: tuple[tuple[Turn, ...], int, ContextPolicy], fade: tuple[int, ...]
+) -> None:
+    turns, prefix, plain = case
+    policy = replace(plain, fade=fade)
+    stream = token_stream(turns)
+    spans = split(turns, prefix, policy)
+    windows = [cut_window(i, span, *stream) for i, span in enumerate(spans)]
+    trained = [t for window in windows for t in window.tokens[window.trained_mask].tolist()]
+    assert trained == [token for turn in turns for token in turn.output_ids]
+    for span, window in zip(spans, windows, strict=True):
+        assert len(window.tokens) == span.length <= policy.limit
+        shown, ages, end = set(window.tokens.tolist()), 0, len(stream[0])
+        for turn in reversed(turns):
+            begin, end = end - len(turn.suffix_ids) - len(turn.output_ids), end
+            text = turn.suffix_ids[max(0, prefix - begin) :]
+            if begin + len(turn.suffix_ids) <= span.end and max(begin, prefix) >= span.keep_from:
+                seen = [token for token in text if token in shown]
+                assert set(turn.output_ids) <= shown
+                if begin >= span.fresh_from or not span.fresh_from:
+                    assert seen == list(text)
+                else:
+                    most = fade[min(ages, len(fade) - 1)]
+                    ages += 1
+                    head = min(most, len(text)) // 2 if most < len(text) else len(text)
+                    tail = min(most, len(text)) - head
+                    assert seen == [*text[:head], *text[len(text) - tail :]]
+            end = begin
+
+
+def test_fading_makes_room_for_more_turns() -> None:
+    turns = tuple(Turn(tuple(range(n * 20, n * 20 + 16)), (1000 + n,) * 4) for n in range(6))
+    plain = split(turns, 2, ContextPolicy(90, 40, 4))
+    faded = split(turns, 2, ContextPolicy(90, 40, 4, fade=(8, 4)))
+    assert plain[1].fresh_from - plain[1].keep_from == 2 * 20
+    # 8 and 4, twice 4, of the environment, and 4 of the assistant each.
+    assert faded[1].fresh_from - faded[1].keep_from == 4 * 20 - 2
+    assert faded[1].left_out[-1] == (64, 72)
+    with pytest.raises(UserError, match="must not grow with age"):
+        ContextPolicy(90, 40, 4, fade=(4, 8))
+    with pytest.raises(UserError, match="nor be negative"):
+        ContextPolicy(90, 40, 4, fade=(4, -1))
+
+
+def test_history_is_carried_over_by_turns_where_asked() -> None:
+    turns = tuple(Turn((n,) * 4, (100 + n,) * 4) for n in range(8))
+    for count, kept in ((None, 8), (0, 0), (1, 8), (2, 16), (9, 24)):
+        spans = split(turns, 2, ContextPolicy(40, 8, 4, count))
+        assert spans[1].fresh_from - spans[1].keep_from == kept
+    with pytest.raises(UserError, match="overlap_turns must be at least 0, not -1"):
+        ContextPolicy(40, 8, 4, -1)
 
 
 def test_the_prefix_cannot_grow_after_a_cut() -> None:

@@ -1,6 +1,7 @@
 """Formats that no real file stands for, the errors, and the writer."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,13 @@ from hypothesis import strategies as st
 
 from klong_jax.core.errors import UserError
 from klong_jax.core.message import Message, ToolCall
-from klong_jax.text.formats import Recording, detect, read_recordings, write_openai_jsonl
+from klong_jax.text.formats import (
+    Recording,
+    detect,
+    read_recordings,
+    write_atif,
+    write_openai_jsonl,
+)
 
 HELLO = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
 
@@ -272,6 +279,58 @@ def test_what_is_written_is_read_back(
         assert after.messages == before.messages
         assert after.pinned_messages == before.pinned_messages
         assert after.meta == before.meta
+
+
+@given(recordings())
+def test_an_atif_document_is_read_back(
+    tmp_path_factory: pytest.TempPathFactory, before: Recording
+) -> None:
+    path = tmp_path_factory.mktemp("round") / "trip.json"
+    write_atif(path, before)
+    assert detect(path) == "atif"
+    (after,) = read_recordings(path)
+    assert replace(after, source="") == before
+    write_atif(path, after)
+    assert [replace(again, source="") for again in read_recordings(path)] == [before]
+
+
+def test_atif_steps_hold_the_answers_to_their_calls(tmp_path: Path) -> None:
+    spoken = Message("assistant", "both", "hm", (ToolCall("f", {"x": 1}, "a"), ToolCall("g", {})))
+    talk = (
+        Message("system", "be"),
+        Message("user", "do"),
+        spoken,
+        Message("tool", "one", tool_call_id="a"),
+        Message("tool", "two"),
+        Message("user", "and?"),
+        Message("tool", "late", tool_call_id="a"),
+    )
+    path = tmp_path / "t.json"
+    write_atif(path, Recording("", "r", talk, 2), copied={0, 2}, continued_in="next.json")
+    document = json.loads(path.read_text())
+    assert document["schema_version"] == "ATIF-v1.6"
+    assert document["agent"].keys() == {"name", "version"}
+    assert document["continued_trajectory_ref"] == "next.json"
+    steps = document["steps"]
+    assert [step["step_id"] for step in steps] == [1, 2, 3, 4, 5]
+    assert [step["source"] for step in steps] == ["system", "user", "agent", "user", "user"]
+    assert [n for n, step in enumerate(steps) if step.get("is_copied_context")] == [0, 2]
+    assert steps[2]["observation"]["results"] == [
+        {"content": "one", "source_call_id": "a"},
+        {"content": "two"},
+    ]
+    recording = one(path)
+    assert recording.messages == talk
+    assert recording.pinned_messages == 2
+    assert recording.meta == {"copied_context": [0, 2, 3, 4]}
+
+
+@pytest.mark.parametrize("own", [3, {"meta": 3}, {"pinned_messages": "two"}])
+def test_our_own_fields_in_atif_are_checked(tmp_path: Path, own: object) -> None:
+    steps = [{"source": "user", "message": "hi"}]
+    document = {"schema_version": "ATIF-v1.6", "steps": steps, "extra": {"klong": own}}
+    with pytest.raises(UserError, match=r"extra.*must be"):
+        one(save(tmp_path / "t", document))
 
 
 def test_tool_calls_are_written_in_the_wire_form(tmp_path: Path) -> None:

@@ -3,12 +3,19 @@
 import json
 import os
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from klong_jax.text.formats import Recording, detect, read_recordings
+from klong_jax.text.formats import (
+    Recording,
+    detect,
+    read_recordings,
+    write_atif,
+    write_openai_jsonl,
+)
 
 ROOT = Path(__file__).parents[2]
 SHARED = Path(os.environ.get("KLONG_SHARED", ROOT.parent / "shared"))
@@ -188,3 +195,37 @@ def test_tau_bench_keeps_every_message_call_and_reward() -> None:
         assert [m.content for m in recording.messages] == [
             m["content"] or "" for m in entry["traj"]
         ]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "atif/openhands_ponylang__ponyc-4588.atif.json",
+        "mini-swe-agent/github_issue.traj.json",
+        "openhands/multi_swe_bench_examples_output.jsonl",
+        "openhands/resolver_mock_output.jsonl",
+        "swe-agent/function_calling_simple.traj",
+        "swe-agent/i_got_id_demo.traj",
+        "swe-agent/katy.traj",
+        "swe-agent/marshmallow-1867.default_install_from_source.traj",
+        "tau-bench/gpt-4o-airline.json",
+    ],
+)
+def test_what_was_read_can_be_written_and_read_again(name: str, tmp_path: Path) -> None:
+    recordings = [replace(one, source="") for one in strict(real(name))[:20]]
+    write_openai_jsonl(tmp_path / "all.jsonl", recordings)
+    again = [replace(one, source="") for one in strict(tmp_path / "all.jsonl")]
+    assert again == recordings
+    for before in recordings:
+        write_atif(tmp_path / "one.json", before)
+        assert [replace(after, source="") for after in strict(tmp_path / "one.json")] == [before]
+
+
+def test_the_atif_export_is_written_as_it_was(tmp_path: Path) -> None:
+    path = real("atif/openhands_ponylang__ponyc-4588.atif.json")
+    write_atif(tmp_path / "again.json", strict(path)[0])
+    source, again = json.loads(path.read_text()), json.loads((tmp_path / "again.json").read_text())
+    kept = ("step_id", "source", "message", "tool_calls", "observation")
+    steps = source.pop("steps")
+    assert [{key: step[key] for key in kept if key in step} for step in steps] == again.pop("steps")
+    assert again == source

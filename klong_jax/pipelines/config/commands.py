@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import Field, ValidationInfo, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from klong_jax.core.errors import UserError
 from klong_jax.pipelines.config.acting import (
@@ -29,11 +29,13 @@ from klong_jax.pipelines.config.training import (
     DataSection,
     DrillSection,
     ModelSection,
+    RecordingSplittingSection,
     RlSection,
     SftSection,
     SplittingSection,
     TokenizerSection,
     TokenizerTraining,
+    check_shared,
 )
 
 
@@ -59,6 +61,11 @@ class Reinforcing(ActingConfig):
     rl: RlSection
 
     @model_validator(mode="after")
+    def _prefix_fits(self) -> Self:
+        check_shared("rl", self.rl.shared_prefix, self.splitting.context_limit)
+        return self
+
+    @model_validator(mode="after")
     def _needs_samples(self) -> Self:
         if self.engine.temperature == 0:
             raise UserError("engine.temperature=0: RL compares samples; set it above 0.")
@@ -75,10 +82,16 @@ class RecipeConfig(Reinforcing):
     distill: DistillSection
     tokenizer: TokenizerTraining
     model: ModelSection
+    splitting: RecordingSplittingSection
     lookup_drills: DrillSection
     component_drills: DrillSection
     sft: SftSection
     eval: EvalSection
+
+    @model_validator(mode="after")
+    def _shared_prefix_fits(self) -> Self:
+        check_shared("sft", self.sft.shared_prefix, self.splitting.context_limit)
+        return self
 
 
 class FactoryConfig(Section):
@@ -115,9 +128,23 @@ class SplitConfig(Section):
 
     data: DataSection
     tokenizer: TokenizerSection
-    splitting: SplittingSection
+    splitting: RecordingSplittingSection
     output: Path | None
     """JSON file to write the plan into."""
+    windows: Path | None
+    """Folder to write each window into, as an ATIF document."""
+    stats: bool
+    """Say what the corpus comes to as a whole, instead of showing single plans; --stats for
+    short."""
+    plot: Path | None
+    """File to draw the corpus into: .svg for one drawing, .html for a page."""
+
+    @field_validator("plot")
+    @classmethod
+    def _drawable(cls, path: Path | None) -> Path | None:
+        if path is not None and path.suffix not in (".svg", ".html"):
+            raise UserError(f"plot={path}: must end in .svg or .html; rename it.")
+        return path
 
 
 class SftConfig(Section):
@@ -135,8 +162,13 @@ class SftConfig(Section):
     one from scratch."""
     tokenizer: TokenizerSection
     model: ModelSection
-    splitting: SplittingSection
+    splitting: RecordingSplittingSection
     sft: SftSection
+
+    @model_validator(mode="after")
+    def _prefix_fits(self) -> Self:
+        check_shared("sft", self.sft.shared_prefix, self.splitting.context_limit)
+        return self
 
     @model_validator(mode="after")
     def _starts_once(self, info: ValidationInfo) -> Self:

@@ -1,7 +1,7 @@
 """Settings of what learns: model, windows, optimiser, SFT and the stages of RL."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -9,7 +9,9 @@ from klong_jax.core.errors import UserError
 from klong_jax.models.config import Remat
 from klong_jax.pipelines.config.section import Section
 from klong_jax.rl.stages import Stage, check_stages
+from klong_jax.splitting.pinning import Pin
 from klong_jax.splitting.policy import ContextPolicy
+from klong_jax.splitting.recorded import Mode, Oversize, SplitOptions
 
 if TYPE_CHECKING:
     from klong_jax.training.optimizer import OptimizerConfig
@@ -54,6 +56,11 @@ class SplittingSection(Section):
     """Longest context the model may see, its output included."""
     overlap: int
     """Most history carried over when a new window starts."""
+    overlap_turns: int | None
+    """Most turns carried over instead, as far as they fit; null bounds the tokens."""
+    fade: tuple[Annotated[int, Field(ge=32)], ...]
+    """Most environment tokens that a turn carried over still shows, by age: newest first, the last
+    number for all older ones, as in [1024,256,64]; [] shows turns whole."""
     reserve: int
     """Room kept for the next output: what the agent may generate in one turn."""
 
@@ -64,7 +71,32 @@ class SplittingSection(Section):
 
     def policy(self) -> ContextPolicy:
         """The policy with these numbers."""
-        return ContextPolicy(self.context_limit, self.overlap, self.reserve)
+        return ContextPolicy(
+            self.context_limit, self.overlap, self.reserve, self.overlap_turns, self.fade
+        )
+
+
+class RecordingSplittingSection(SplittingSection):
+    """The context policy, in tokens, and what is left open when a recording is split by it."""
+
+    pin: str
+    """What every window keeps: opening (all before the first answer), reading (that and the turns
+    that only read), turns:N or tokens:N; what the data marks as pinned wins."""
+    mode: Mode
+    """klong, or what it is compared with: sliding_no_pin (windows without a pinned prefix) or
+    truncate_tail (the first window alone; the rest is dropped)."""
+    oversize: Oversize
+    """A turn longer than a window: cut the middle out of its environment text, or refuse it; what
+    the assistant said is never cut."""
+
+    @model_validator(mode="after")
+    def _known(self) -> "RecordingSplittingSection":
+        self.options()
+        return self
+
+    def options(self) -> SplitOptions:
+        """The options of splitting recordings."""
+        return SplitOptions(Pin.parse(self.pin), self.mode, self.oversize)
 
 
 class TokenizerTraining(Section):
@@ -144,9 +176,16 @@ class SftSection(Section):
     steps: int = Field(gt=0)
     """Optimiser steps on the windows of trajectories."""
     batch: int = Field(gt=0)
-    """Windows a step."""
+    """Groups of windows a step."""
+    together: int = Field(gt=0)
+    """Most windows of one trajectory that make a group; 1 shuffles windows one by one."""
+    shared_prefix: int | Literal["auto"] = Field(union_mode="left_to_right")
+    """Tokens at the front of a group's windows that are computed once for all of them, where the
+    pinned prefix is as long; auto spares the most computation, 0 computes every window whole. The
+    gradient is the same."""
     micro_batch: int = Field(gt=0)
-    """Windows a gradient call, rounded up to what the mesh's data, fsdp and expert share evenly."""
+    """Windows, or groups that share a prefix, a gradient call; rounded up to what the mesh's data,
+    fsdp and expert share evenly."""
     remat: Remat
     """What a layer keeps for its backward pass: none recomputes nothing, full everything but the
     layer's input; attention keeps what attention gave, dots the results of matrix products."""
@@ -157,6 +196,15 @@ class SftSection(Section):
     optimizer: OptimizerSection
 
     @model_validator(mode="after")
+    def _shares(self) -> "SftSection":
+        if self.shared_prefix not in (0, "auto") and self.together == 1:
+            raise UserError(
+                f"sft.shared_prefix={self.shared_prefix}: groups of one window share nothing; set "
+                "sft.together above 1 or sft.shared_prefix=0."
+            )
+        return self
+
+    @model_validator(mode="after")
     def _warms_up(self) -> "SftSection":
         if self.optimizer.warmup_steps >= self.steps:
             raise UserError(
@@ -164,6 +212,19 @@ class SftSection(Section):
                 f"sft.steps={self.steps}; make it smaller."
             )
         return self
+
+
+def check_shared(section: str, shared: int | str, context_limit: int) -> None:
+    """Refuses a shared prefix that leaves no room in a window.
+
+    Raises:
+        UserError: Names the setting and the limit.
+    """
+    if isinstance(shared, int) and not 0 <= shared < context_limit:
+        raise UserError(
+            f"{section}.shared_prefix={shared}: must be at least 0 and below "
+            f"splitting.context_limit={context_limit}."
+        )
 
 
 class StageSection(Section):
@@ -188,8 +249,12 @@ class RlSection(Section):
     """Rollouts a task: the group that is compared."""
     tokens_per_rollout: int = Field(gt=0)
     """The loss's constant C: about how many tokens a rollout samples."""
+    shared_prefix: int = Field(ge=0)
+    """Tokens at the front of a rollout's windows that are computed once for all of them, where the
+    pinned prefix is as long; 0 computes every window whole. The gradient is the same."""
     micro_batch: int = Field(gt=0)
-    """Windows a gradient call, rounded up to what the mesh's data, fsdp and expert share evenly."""
+    """Windows, or rollouts that share a prefix, a gradient call; rounded up to what the mesh's
+    data, fsdp and expert share evenly."""
     remat: Remat
     """What a layer keeps for its backward pass: none recomputes nothing, full everything but the
     layer's input; attention keeps what attention gave, dots the results of matrix products."""

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from klong_jax.core.errors import UserError
-from klong_jax.text.formats.atif import ATIF
+from klong_jax.text.formats.atif import ATIF, write_atif
 from klong_jax.text.formats.base import Format, Record, Recording, records
 from klong_jax.text.formats.mini_swe_agent import MINI_SWE_AGENT
 from klong_jax.text.formats.openai import OPENAI, message_to_openai, write_openai_jsonl
@@ -15,7 +15,7 @@ from klong_jax.text.formats.swe_agent import SWE_AGENT
 from klong_jax.text.formats.tau_bench import TAU_BENCH
 
 __all__ = ["FORMATS", "Recording", "detect", "message_to_openai", "read_recordings",
-           "write_openai_jsonl"]  # fmt: skip
+           "write_atif", "write_openai_jsonl"]  # fmt: skip
 
 _LOG = logging.getLogger(__name__)
 

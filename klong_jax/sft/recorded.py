@@ -1,0 +1,46 @@
+"""From recorded messages to the windows that they are trained in."""
+
+from collections.abc import Sequence
+
+from klong_jax.core.errors import UserError
+from klong_jax.core.message import Message
+from klong_jax.splitting.policy import ContextPolicy
+from klong_jax.splitting.recorded import (
+    DEFAULT_OPTIONS,
+    SplitOptions,
+    SplitRecording,
+    split_recorded,
+)
+from klong_jax.text.dialect import Dialect
+
+CUT_MARK = "\n[... cut to fit the context ...]\n"
+"""Stands where the middle of an environment text was left out."""
+
+
+def split_messages(
+    chat: Dialect,
+    messages: Sequence[Message],
+    pinned_messages: int,
+    policy: ContextPolicy,
+    where: str,
+    options: SplitOptions = DEFAULT_OPTIONS,
+) -> SplitRecording:
+    """Splits one recorded conversation as the agent would have seen it.
+
+    Args:
+        chat: The dialect.
+        messages: The conversation.
+        pinned_messages: How many messages at the front every window keeps.
+        policy: The context policy.
+        where: Names the recording in errors.
+        options: What the policy leaves open.
+
+    Raises:
+        UserError: The pinned prefix or a turn does not fit; names `where`.
+    """
+    try:
+        turns, prefix_len = chat.turns(messages, pinned_messages)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    marker = chat.tokenizer.encode(CUT_MARK, specials=False)
+    return split_recorded(turns, prefix_len, policy, options, marker, where)

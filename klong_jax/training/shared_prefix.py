@@ -1,0 +1,87 @@
+"""The gradient of windows that begin alike, with their common prefix computed once.
+
+The prefix runs forward once and its keys and values stay. Window after window runs forward and
+backward against them; what each asks of them, their cotangents, adds up. Then the prefix runs
+backward once. That is the chain rule in another order, so the gradient is that of training each
+window whole; memory is that of the prefix and one window, however many there are.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from klong_jax.models.decoder import Params
+from klong_jax.parallel.rules import constrain, constrain_params
+from klong_jax.training.batches import SharedBatch, WindowBatch, place_batch
+from klong_jax.training.loss import Logs, Prefix, WindowLoss
+
+Total = tuple[Params, Logs]
+"""Sums so far of gradients, and of the loss and what it logs."""
+
+_KEYS = (None, "batch", "length", "kv_heads", None)
+_HIDDEN = ("batch", None, "embed")
+
+
+class SharedPrefixGradient:
+    """Adds a micro-batch's gradients to a sum, by three programs of fixed shapes.
+
+    Attributes:
+        read: Runs the prefix forward; gives its state, sums of nothing for the state's cotangents,
+            the loss and logs, and the way back.
+        after: Runs one window forward and backward.
+        back: Runs the prefix backward.
+    """
+
+    def __init__(self, loss: WindowLoss) -> None:
+        @partial(jax.jit, static_argnames="trained")
+        def read(params: Params, prefix: WindowBatch, trained: bool) -> Any:
+            forward = partial(loss.read, prefix=prefix, trained=trained)
+            (state, value), backward, logs = jax.vjp(forward, params, has_aux=True)
+            state = constrain_prefix(state)
+            return state, constrain_prefix(_zeros(state)), {"loss": value, **logs}, backward
+
+        @partial(jax.jit, donate_argnums=(2, 3))
+        def after(
+            params: Params, state: Prefix, wanted: Prefix, total: Total, batch: WindowBatch
+        ) -> tuple[Prefix, Total]:
+            (value, logs), grads = jax.value_and_grad(loss.after, argnums=(0, 1), has_aux=True)(
+                params, state, batch
+            )
+            grads, asked = grads
+            wanted = jax.tree.map(lambda x, y: x + y.astype(x.dtype), wanted, asked)
+            total = jax.tree.map(jnp.add, total, (grads, {"loss": value, **logs}))
+            return constrain_prefix(wanted), (constrain_params(total[0]), total[1])
+
+        @partial(jax.jit, donate_argnums=3)
+        def back(backward: Any, state: Prefix, wanted: Prefix, total: Total, logs: Logs) -> Total:
+            asked = jax.tree.map(lambda x, y: x.astype(y.dtype), wanted, state)
+            (grads,) = backward((asked, jnp.ones_like(logs["loss"])))
+            total = jax.tree.map(jnp.add, total, (grads, logs))
+            return constrain_params(total[0]), total[1]
+
+        self.read, self.after, self.back = read, after, back
+
+    def add(self, params: Params, total: Total, batch: SharedBatch) -> Total:
+        """The sums with a micro-batch's added; the buffers of `total` are reused."""
+        prefix = place_batch(batch.prefix)
+        state, wanted, logs, backward = self.read(params, prefix, trained=batch.trained)
+        for window in batch.windows:
+            wanted, total = self.after(params, state, wanted, total, place_batch(window))
+        result: Total = self.back(backward, state, wanted, total, logs)
+        return result
+
+
+def constrain_prefix(state: Prefix) -> Prefix:
+    """Fixes where a prefix lives: with its rows, heads and positions."""
+    keys, values = (constrain(x, *_KEYS) for x in state.cache)
+    return Prefix((keys, values), constrain(state.last, *_HIDDEN))
+
+
+def _zeros(state: Prefix) -> Prefix:
+    """For sums over windows, which many of 16 bits would lose."""
+    zeros: Prefix = jax.tree.map(
+        lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), state
+    )
+    return zeros

@@ -1,0 +1,178 @@
+"""Computing a common prefix once changes nothing but the work: the gradient is naive training's."""
+
+from collections.abc import Callable, Sequence
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from klong_jax.core.trajectory import Turn, cut_window, token_stream
+from klong_jax.models.config import DecoderConfig, DTypes, MoeConfig, Remat
+from klong_jax.models.decoder import build
+from klong_jax.models.routing import EXPERT_LOADS
+from klong_jax.rl.loss import RlLossConfig, rl_loss
+from klong_jax.sft.loss import sft_loss
+from klong_jax.splitting.policy import ContextPolicy, split
+from klong_jax.training.accumulate import Trainer, init_state
+from klong_jax.training.batches import Group, Layout, lay_out
+from klong_jax.training.optimizer import OptimizerConfig, make_optimizer
+
+LIMIT, VOCAB = 48, 50
+MIXTURE = MoeConfig(8, 2, 16, "sigmoid", shared_size=16, dense_layers=1, router_bias=True)
+MODELS = {
+    "tied": DecoderConfig(VOCAB, 16, 2, 4, 2, 8, 32),
+    "mixture": DecoderConfig(VOCAB, 16, 3, 4, 2, 8, 32, tie_embeddings=False, moe=MIXTURE),
+}
+OPTIMIZER = make_optimizer(OptimizerConfig("adamw", 1e-2))
+
+
+def group(
+    turns: int, seed: int, prefix_len: int = 17, overlap: int = 9, reading: bool = True
+) -> Group:
+    """The windows of a random trajectory; if `reading`, some sampled tokens are pinned too."""
+    rng = np.random.default_rng(seed)
+
+    def ids(most: int) -> tuple[int, ...]:
+        return tuple(rng.integers(0, VOCAB, rng.integers(1, most)).tolist())
+
+    def logprobs(output: tuple[int, ...]) -> tuple[float, ...]:
+        return tuple((-3 - rng.random(len(output))).tolist())
+
+    said = [ids(5) for _ in range(turns)]
+    first = (*ids(5),) if reading else tuple(rng.integers(0, VOCAB, prefix_len).tolist())
+    suffixes = [first, *(ids(6) for _ in said[1:])]
+    prefix_len = min(prefix_len, sum(map(len, (*suffixes, *said))))
+    recording = tuple(
+        Turn(suffix, output, logprobs(output))
+        for suffix, output in zip(suffixes, said, strict=True)
+    )
+    spans = split(recording, prefix_len, ContextPolicy(LIMIT, overlap, 6))
+    stream = token_stream(recording)
+    return tuple(cut_window(index, span, *stream) for index, span in enumerate(spans))
+
+
+@cache
+def trainer(model: str, dtype: str, remat: Remat, objective: str) -> tuple[Trainer, object]:
+    graph, params = build(MODELS[model], 0, DTypes(dtype, dtype))
+    if objective == "rl":
+        loss = rl_loss(graph, RlLossConfig(kl_beta=0.1, temperature=0.7), remat=remat)
+    else:
+        loss = sft_loss(graph, remat=remat)
+    return Trainer(loss, OPTIMIZER), params
+
+
+def gradients(
+    groups: Sequence[Group],
+    shared: int,
+    *,
+    rows: int = 2,
+    model: str = "tied",
+    dtype: str = "float64",
+    remat: Remat = "full",
+    objective: str = "sft",
+) -> tuple[list[np.ndarray], dict[str, np.ndarray]]:
+    """Summed gradients and logs, with so many tokens at the front computed once a group."""
+    with jax.enable_x64(dtype == "float64"):
+        made, params = trainer(model, dtype, remat, objective)
+        weights = np.linspace(-1, 1.5, len(groups)).tolist()
+        total = None
+        for batch in lay_out(groups, weights, Layout(LIMIT, rows, shared)):
+            total = made.add(params, total, batch)
+        grads, logs = total
+        return [np.asarray(leaf) for leaf in jax.tree.leaves(grads)], {
+            name: np.asarray(value) for name, value in logs.items()
+        }
+
+
+def off(found: list[np.ndarray], expected: list[np.ndarray]) -> float:
+    """The largest difference, relative to the largest entry of its tensor."""
+    return max(
+        float(np.abs(a - b).max() / (np.abs(b).max() or 1))
+        for a, b in zip(found, expected, strict=True)
+    )
+
+
+GROUPS = [group(20, 0), group(5, 1), group(12, 2), group(14, 3, reading=False)]
+CASES: list[dict[str, str]] = [
+    {"model": "tied", "dtype": "float64", "remat": "none", "objective": "sft"},
+    {"model": "tied", "dtype": "float64", "remat": "dots", "objective": "rl"},
+    {"model": "mixture", "dtype": "float64", "remat": "attention", "objective": "rl"},
+    {"model": "mixture", "dtype": "float32", "remat": "full", "objective": "sft"},
+]
+
+
+def test_the_gradient_is_that_of_whole_windows(measured: Callable[[str], None]) -> None:
+    assert [len(one) for one in GROUPS] != [1, 1, 1, 1]
+    assert GROUPS[0][0].trained_mask[:16].any()
+    rows = []
+    for case in CASES:
+        whole, logs = gradients(GROUPS, 0, **case)
+        found, shared_logs = gradients(GROUPS, 16, **case)
+        loads = logs.pop(EXPERT_LOADS, None), shared_logs.pop(EXPERT_LOADS, None)
+        if loads[0] is not None:
+            # A token of the prefix is counted once, not once a window.
+            assert shared_logs.keys() == logs.keys()
+            assert 0 < loads[1].sum() < loads[0].sum()
+        rows.append((case, off(found, whole), off(list(shared_logs.values()), list(logs.values()))))
+    measured(f"{'model':8} {'dtype':8} {'remat':10} {'loss':5} {'gradients':>10} {'sums':>8}")
+    for case, grads, sums in rows:
+        named = "{model:8} {dtype:8} {remat:10} {objective:5}".format(**case)
+        measured(f"{named} {grads:10.1e} {sums:8.1e}")
+    for case, grads, sums in rows:
+        limit = 1e-12 if case["dtype"] == "float64" else 1e-6
+        assert grads < limit, case
+        assert sums < limit, case
+
+
+@settings(max_examples=25)
+@given(
+    shapes=st.lists(
+        st.tuples(st.integers(2, 24), st.integers(8, 30), st.integers(0, 20), st.booleans()),
+        min_size=1,
+        max_size=5,
+    ),
+    seed=st.integers(0, 2**32 - 1),
+    shared=st.sampled_from([8, 16]),
+)
+def test_any_trajectories_give_the_gradient_of_whole_windows(
+    shapes: list[tuple[int, int, int, bool]], seed: int, shared: int
+) -> None:
+    """Prefixes shorter and longer than what is shared, ragged windows, any number of them."""
+    groups = [
+        group(turns, seed + number, prefix_len, overlap, reading)
+        for number, (turns, prefix_len, overlap, reading) in enumerate(shapes)
+    ]
+    whole, logs = gradients(groups, 0)
+    found, shared_logs = gradients(groups, shared)
+    assert off(found, whole) < 1e-12
+    assert float(shared_logs["loss"]) == pytest.approx(float(logs["loss"]), rel=1e-12)
+
+
+def test_nothing_is_compiled_again_however_many_windows_there_are() -> None:
+    graph, params = build(MODELS["tied"], 0)
+    made = Trainer(sft_loss(graph, remat="full"), OPTIMIZER)
+    state = init_state(jax.tree.map(jnp.copy, params), OPTIMIZER)
+    layout = Layout(LIMIT, 2, 16)
+    compiled: list[str] = []
+
+    def listen(event: str, duration: float, **_: object) -> None:
+        if event.endswith("backend_compile_duration"):
+            compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        # One group is of a prefix too short to be shared.
+        first = [group(9, 7), group(4, 8, prefix_len=10)]
+        state, _ = made.step(state, lay_out(first, [1.0, 1.0], layout), 10.0)
+        assert compiled
+        compiled.clear()
+        for turns in (2, 30, 13):
+            groups = [group(turns, turns), group(turns + 5, 1), group(6, 2, prefix_len=11)]
+            state, _ = made.step(state, lay_out(groups, [1.0] * 3, layout), 10.0)
+        assert not compiled
+    finally:
+        jax.monitoring.clear_event_listeners()
