@@ -215,9 +215,7 @@ def _state(source: Path) -> tuple[int, int] | None:
     return stat.st_size, stat.st_mtime_ns
 
 
-def _check_unchanged(
-    source: Path, state: tuple[int, int] | None, shards: Iterable[Shard]
-) -> None:
+def _check_unchanged(source: Path, state: tuple[int, int] | None, shards: Iterable[Shard]) -> None:
     if _state(source) == state:
         return
     for shard in shards:
@@ -235,7 +233,8 @@ def _submitter(
 
         def here(job: _Job) -> Future[None]:
             done: Future[None] = Future()
-            done.set_result(write_shard(job.folder, job.first, job.records, made()))
+            write_shard(job.folder, job.first, job.records, made())
+            done.set_result(None)
             return done
 
         yield here
@@ -244,7 +243,7 @@ def _submitter(
         workers, mp_context=get_context("spawn"), initializer=_begin, initargs=(factory,)
     )
     try:
-        yield partial(pool.submit, _write)
+        yield lambda job: pool.submit(_write, job)
     except BrokenProcessPool:
         raise UserError(
             f"{source}: a process that tokenised it was killed, perhaps for its memory; run again "

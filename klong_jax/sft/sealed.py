@@ -1,4 +1,4 @@
-"""JSON documents that carry their own hash, so that a torn or altered one is told from a good one."""
+"""JSON documents that carry their own hash, by which a torn or altered one is known."""
 
 import json
 from pathlib import Path

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+from uuid import uuid4
 
 import numpy as np
 
@@ -22,7 +24,7 @@ from klong_jax.sft.sealed import read_sealed, spoilt, write_sealed
 from klong_jax.text.formats import Recording
 
 TOKENS, TURNS, NOTES = "tokens.npy", "turns.npy", "shard.json"
-DTYPES = {TOKENS: np.dtype("<i4"), TURNS: np.dtype("<i8")}
+DTYPES: dict[str, np.dtype[Any]] = {TOKENS: np.dtype("<i4"), TURNS: np.dtype("<i8")}
 
 Tokenise = Callable[[Recording], tuple[Sequence[Turn], int]]
 """Gives a recording's turns and the length of its pinned prefix; raises UserError to refuse it."""
@@ -175,7 +177,11 @@ def _tokenised(recording: Recording, tokenise: Tokenise) -> tuple[np.ndarray, np
             f"{recording.source}: messages after the assistant's last are pinned; pin fewer."
         )
     tokens = np.concatenate(
-        [np.array(ids, DTYPES[TOKENS]) for turn in turns for ids in (turn.suffix_ids, turn.output_ids)]
+        [
+            np.array(ids, DTYPES[TOKENS])
+            for turn in turns
+            for ids in (turn.suffix_ids, turn.output_ids)
+        ]
     )
     return tokens, lengths, prefix_len
 
@@ -183,7 +189,7 @@ def _tokenised(recording: Recording, tokenise: Tokenise) -> tuple[np.ndarray, np
 @contextmanager
 def _appearing(folder: Path) -> Iterator[Path]:
     """Yields a hidden folder to write into, which takes its name when all of it is on disk."""
-    scratch = folder.with_name(f".{folder.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+    scratch = folder.with_name(f".{folder.name}.{socket.gethostname()}.{uuid4().hex}.tmp")
     try:
         scratch.mkdir(parents=True)
         yield scratch
