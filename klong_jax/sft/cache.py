@@ -24,7 +24,7 @@ from klong_jax.core.errors import UserError
 from klong_jax.core.jsonio import Json, content_hash
 from klong_jax.sft.corpus import INDEX, VERSION, TokenCorpus, write_index
 from klong_jax.sft.sealed import spoilt
-from klong_jax.sft.shards import Shard, Tokenise, open_shard, sweep, write_shard
+from klong_jax.sft.shards import Shard, Tokenise, hash_records, open_shard, sweep, write_shard
 from klong_jax.text.formats import Recording, read_recordings
 
 TokeniseFactory = Callable[[], Tokenise]
@@ -41,10 +41,9 @@ _own_tokenise: TokeniseFactory
 
 @dataclass(frozen=True)
 class _Job:
-    """A shard to be: its folder, and its records from position `first` on."""
+    """A shard to be: its folder and its records."""
 
     folder: Path
-    first: int
     records: list[Recording | str]
 
 
@@ -126,16 +125,16 @@ def _jobs(
 ) -> Iterator[_Job]:
     """Cuts a source into shards; where the cuts lie follows from its content alone."""
     records: list[Recording | str] = []
-    number = first = size = 0
+    number = size = 0
     for recording in read(on_skip=records.append):
         records.append(recording)
         size += _characters(recording)
         if size >= shard_characters:
-            yield _Job(folder / f"{number:05d}", first, records.copy())
-            number, first, size = number + 1, first + len(records), 0
+            yield _Job(folder / f"{number:05d}", records.copy())
+            number, size = number + 1, 0
             records.clear()
     if records:
-        yield _Job(folder / f"{number:05d}", first, records)
+        yield _Job(folder / f"{number:05d}", records)
 
 
 def _shards(
@@ -175,8 +174,9 @@ def _finished(job: _Job, future: Future[None] | None) -> Shard:
     shard = open_shard(job.folder)
     if future is None:
         shard.verify()
-    if shard.records != (job.first, job.first + len(job.records)):
-        raise spoilt(job.folder, "holds other records than belong here", job.folder.parent)
+        # The source may have been written to while it was read, or be read differently by now.
+        if shard.records != hash_records(job.records):
+            raise spoilt(job.folder, "holds other records than belong here", job.folder.parent)
     return shard
 
 
@@ -233,7 +233,7 @@ def _submitter(
 
         def here(job: _Job) -> Future[None]:
             done: Future[None] = Future()
-            write_shard(job.folder, job.first, job.records, made())
+            write_shard(job.folder, job.records, made())
             done.set_result(None)
             return done
 
@@ -268,4 +268,4 @@ def _end_with_parent() -> None:
 
 
 def _write(job: _Job) -> None:
-    write_shard(job.folder, job.first, job.records, _own_tokenise())
+    write_shard(job.folder, job.records, _own_tokenise())

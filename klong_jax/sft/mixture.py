@@ -89,8 +89,9 @@ class Mixture:
         common = gcd(*self._shares)
         self._shares = tuple(share // common for share in self._shares)
         self._seed = seed
-        # The state of the schedule at every stride: how often each source was drawn.
-        self._states = [(0,) * len(self.sources)]
+        # The state of the schedule at every stride: how often each source was drawn. A dict, so
+        # that threads that replay the same stretch write the same.
+        self._states = {0: (0,) * len(self.sources)}
         self._stretch = lru_cache(2)(self._draw_stretch)
         # An epoch ends where the next begins, so a batch may need two of each source.
         self._order = lru_cache(2 * len(self.sources))(self._permutation)
@@ -114,8 +115,7 @@ class Mixture:
             begin = min(number, len(self._states) - 1)
             counts = list(self._states[begin])
             drawn = list(islice(schedule(self._shares, counts), _STRIDE))
-            if begin + 1 == len(self._states):
-                self._states.append(tuple(counts))
+            self._states[begin + 1] = tuple(counts)
             if begin == number:
                 return drawn
 

@@ -36,14 +36,14 @@ class Shard:
 
     Attributes:
         folder: Where it lies, in the folder of its corpus.
-        records: Positions of its first record in the source and of the one after its last.
+        records: Hash of the records that it was made of.
         lengths: int64[trajectories, 3], each trajectory's turns, tokens and pinned tokens.
         skipped: Why records were passed over, a sentence each.
         digest: Hash of its notes, which hold the hashes of its arrays.
     """
 
     folder: Path
-    records: tuple[int, int]
+    records: str
     lengths: np.ndarray
     skipped: tuple[str, ...]
     digest: str
@@ -91,10 +91,9 @@ def open_shard(folder: Path) -> Shard:
         UserError: Something is missing, cut short or of another shape; names the file.
     """
     notes, digest = read_sealed(folder / NOTES, folder.parent)
-    first, end = notes["records"]
     shard = Shard(
         folder=folder,
-        records=(first, end),
+        records=notes["records"],
         lengths=np.array(notes["lengths"], np.int64).reshape(-1, 3),
         skipped=tuple(notes["skipped"]),
         digest=digest,
@@ -109,14 +108,11 @@ def open_shard(folder: Path) -> Shard:
     return shard
 
 
-def write_shard(
-    folder: Path, first: int, records: Sequence[Recording | str], tokenise: Tokenise
-) -> None:
+def write_shard(folder: Path, records: Sequence[Recording | str], tokenise: Tokenise) -> None:
     """Tokenises records into a shard, which appears whole or not at all.
 
     Args:
         folder: The shard to be; another process may make the same meanwhile.
-        first: Position of the first record in the source.
         records: The records; in the place of one that could not be read, a sentence that says why.
         tokenise: Tokenises one; records that it refuses are noted as skipped.
 
@@ -146,13 +142,22 @@ def write_shard(
     with _appearing(folder) as scratch:
         files = {name: _save(scratch / name, np.concatenate(parts[name])) for name in parts}
         notes = {
-            "records": [first, first + len(records)],
+            "records": hash_records(records),
             "names": names,
             "lengths": lengths,
             "skipped": skipped,
             "files": files,
         }
         write_sealed(scratch / NOTES, notes)
+
+
+def hash_records(records: Sequence[Recording | str]) -> str:
+    """Identifies what records say; their file's name does not count."""
+    digest = hashlib.sha256()
+    for record in records:
+        said = "" if isinstance(record, str) else (record.messages, record.pinned_messages)
+        digest.update(repr(said).encode())
+    return digest.hexdigest()
 
 
 def sweep(corpus: Path) -> None:

@@ -87,8 +87,8 @@ class CorpusWindows:
             first.append(len(rows))
         if not rows:
             raise UserError(
-                f"{corpus.folder}: no trajectory fits into splitting.context_limit={policy.limit}; "
-                "raise it."
+                f"{corpus.trajectory(0).source}: neither this trajectory nor another of its file "
+                f"fits into splitting.context_limit={policy.limit}; raise it."
             )
         self.corpus = corpus
         self._rows = np.array(rows, np.int64)

@@ -57,6 +57,7 @@ def made(
     skipped: list[str] | None = None,
     on_progress: Callable[[int, int], None] = lambda trajectories, tokens: None,
     deadly: str = "",
+    shard_characters: int = 100,
 ) -> TokenCorpus:
     """Builds with small shards."""
     return build(
@@ -68,7 +69,7 @@ def made(
         skip_bad=skip_bad,
         on_skip=[].append if skipped is None else skipped.append,
         on_progress=on_progress,
-        shard_characters=100,
+        shard_characters=shard_characters,
     )
 
 

@@ -60,13 +60,15 @@ def start(*arguments: object) -> subprocess.Popen[str]:
 
 
 def test_a_corpus_holds_what_was_tokenised_and_is_made_once(tmp_path: Path, source: Path) -> None:
+    log = tmp_path / "log"
     progress: list[tuple[int, int]] = []
-    corpus = made(
-        tmp_path / "cache",
-        source,
-        tmp_path / "log",
-        on_progress=lambda *done: progress.append(done),
-    )
+    read_ahead: list[int] = []
+
+    def on_progress(trajectories: int, tokens: int) -> None:
+        progress.append((trajectories, tokens))
+        read_ahead.append(len(log.read_text().splitlines()) - trajectories)
+
+    corpus = made(tmp_path / "cache", source, log, on_progress=on_progress)
     assert [corpus.trajectory(n).recording_id for n in range(12)] == [f"r{n}" for n in range(12)]
     fifth = corpus.trajectory(5)
     assert fifth.source == f"{source}:6"
@@ -75,10 +77,12 @@ def test_a_corpus_holds_what_was_tokenised_and_is_made_once(tmp_path: Path, sour
     assert fifth.prefix_len == 25 and fifth.tokens.dtype == np.int32
     assert len(list(corpus.folder.glob("0*"))) > 3
     assert progress[-1] == (12, corpus.total_tokens) and len(progress) > 3
+    # Two shards, of two recordings at most.
+    assert max(read_ahead) <= 4
     corpus.verify()
-    again = made(tmp_path / "cache", source, tmp_path / "log")
+    again = made(tmp_path / "cache", source, log)
     assert content(again) == content(corpus)
-    assert len((tmp_path / "log").read_text().splitlines()) == 12
+    assert len(log.read_text().splitlines()) == 12
 
 
 def test_content_and_recipe_name_a_corpus_and_the_files_name_does_not(source: Path) -> None:
@@ -144,9 +148,9 @@ def test_a_shard_that_another_process_made_first_stays(tmp_path: Path, source: P
     # Where the file system's locks do not reach other hosts, both make it.
     folder, log = tmp_path / "cache" / "00000", tmp_path / "log"
     records = list(read_recordings(source))
-    write_shard(folder, 0, records, Characters(log).turns)
+    write_shard(folder, records, Characters(log).turns)
     before = {path.name: path.stat().st_ino for path in folder.iterdir()}
-    write_shard(folder, 0, records, Characters(log).turns)
+    write_shard(folder, records, Characters(log).turns)
     assert {path.name: path.stat().st_ino for path in folder.iterdir()} == before
     assert list(folder.parent.iterdir()) == [folder]
 
@@ -211,6 +215,16 @@ def test_an_altered_file_is_named_with_the_remedy(
         made(tmp_path / "cache", source, tmp_path / "log")
     assert problem in str(refusal.value)
     assert str(refusal.value).endswith(f"; delete the folder {folder} and it is made again.")
+
+
+def test_a_shard_of_other_records_is_not_taken_for_its_namesake(
+    tmp_path: Path, source: Path
+) -> None:
+    corpus = made(tmp_path / "cache", source, tmp_path / "log")
+    (corpus.folder / "index.json").unlink()
+    with pytest.raises(UserError, match=r"00000: holds other records than belong here; delete"):
+        made(tmp_path / "cache", source, tmp_path / "log", shard_characters=300)
+    assert len(made(tmp_path / "cache", source.rename(tmp_path / "d"), tmp_path / "log")) == 12
 
 
 def test_a_changed_token_is_found_by_its_checksum(tmp_path: Path, source: Path) -> None:

@@ -47,7 +47,6 @@ def test_real_recordings_give_the_windows_of_the_path_in_memory(tmp_path: Path) 
     chat = Chat(bundled_tokenizer())
     write_shard(
         tmp_path / "00000",
-        0,
         recordings,
         lambda recording: chat.turns(recording.messages, pinned_messages(recording)),
     )
@@ -88,11 +87,10 @@ def test_drawn_recordings_give_the_windows_of_the_path_in_memory(
     ]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for number, recording in enumerate(recordings):
-            write_shard(
-                folder / f"{number}", number, [recording], lambda r: drawn[int(r.recording_id)]
-            )
-        write_index(folder, [open_shard(folder / f"{number}") for number in range(len(drawn))])
+        parts = {"0": recordings[:1], "1": recordings[1:]}
+        for part, records in parts.items():
+            write_shard(folder / part, records, lambda r: drawn[int(r.recording_id)])
+        write_index(folder, [open_shard(folder / part) for part in parts])
         stored = CorpusWindows(TokenCorpus(folder), policy)
         position = 0
         groups = iter(stored.groups(most).tolist())
@@ -122,7 +120,7 @@ def write_large(folder: Path, trajectories: int, tokens: int, turns: int) -> Non
             array[:] = tokens // turns // 2
         files[name] = {"bytes": (shard / name).stat().st_size, "sha256": ""}
     notes = {
-        "records": [0, trajectories],
+        "records": "",
         "names": [(f"r{number}", "file") for number in range(trajectories)],
         "lengths": [(turns, tokens, 1000)] * trajectories,
         "skipped": [],
@@ -176,5 +174,5 @@ def test_trajectories_that_do_not_fit_are_told_or_refused(tmp_path: Path) -> Non
     assert sentence.startswith(f"{source}:2: the pinned prefix has 90 tokens")
     with pytest.raises(UserError, match=r"demos\.jsonl:2: the pinned prefix has 90 tokens"):
         CorpusWindows(corpus, ContextPolicy(60, 5, 5))
-    with pytest.raises(UserError, match=r"no trajectory fits into splitting\.context_limit=9"):
+    with pytest.raises(UserError, match=r"nor another of its file fits into splitting\.context_limit=9"):
         CorpusWindows(corpus, ContextPolicy(9, 1, 2), on_skip=told.append)
