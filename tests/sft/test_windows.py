@@ -174,5 +174,5 @@ def test_trajectories_that_do_not_fit_are_told_or_refused(tmp_path: Path) -> Non
     assert sentence.startswith(f"{source}:2: the pinned prefix has 90 tokens")
     with pytest.raises(UserError, match=r"demos\.jsonl:2: the pinned prefix has 90 tokens"):
         CorpusWindows(corpus, ContextPolicy(60, 5, 5))
-    with pytest.raises(UserError, match=r"nor another of its file fits into splitting\.context_limit=9"):
+    with pytest.raises(UserError, match=r"file fits into splitting\.context_limit=9"):
         CorpusWindows(corpus, ContextPolicy(9, 1, 2), on_skip=told.append)
