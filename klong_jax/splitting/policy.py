@@ -235,14 +235,22 @@ def split(turns: Sequence[Turn], prefix_len: int, policy: ContextPolicy) -> tupl
     Raises:
         UserError: The prefix or a turn does not fit; the message names the turn.
     """
+    lengths = ((len(turn.suffix_ids), len(turn.output_ids)) for turn in turns)
+    return split_lengths(lengths, prefix_len, policy)
+
+
+def split_lengths(
+    lengths: Iterable[tuple[int, int]], prefix_len: int, policy: ContextPolicy
+) -> tuple[WindowSpan, ...]:
+    """`split` of turns of which only the lengths of suffix and output are known."""
     tracker = WindowTracker(policy, prefix_len)
     position = 0
-    for number, turn in enumerate(turns):
-        suffix_end = position + len(turn.suffix_ids)
-        end = suffix_end + len(turn.output_ids)
+    for number, (suffix_len, output_len) in enumerate(lengths):
+        suffix_end = position + suffix_len
+        end = suffix_end + output_len
         if end > prefix_len:
             try:
-                tracker.open_turn(max(position, prefix_len), suffix_end, len(turn.output_ids))
+                tracker.open_turn(max(position, prefix_len), suffix_end, output_len)
             except ContextOverflow as overflow:
                 raise UserError(f"turn {number}: {overflow}") from None
         tracker.close_turn(end)
