@@ -72,6 +72,10 @@ class TokenCorpus:
         """Tokens of all trajectories."""
         return int(self._lengths[:, 1].sum())
 
+    def prefix_len(self, number: int) -> int:
+        """Tokens of a trajectory's pinned prefix."""
+        return int(self._lengths[number, 2])
+
     def trajectory(self, number: int) -> StoredTrajectory:
         """One of the trajectories.
 

@@ -1,6 +1,7 @@
-"""The windows of a tokenised corpus, by number, each cut from the disk when it is asked for."""
+"""The windows of a tokenised corpus, in groups, cut from the disk when they are asked for."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -8,6 +9,7 @@ from klong_jax.core.errors import UserError
 from klong_jax.core.trajectory import Window, WindowSpan
 from klong_jax.sft.corpus import StoredTrajectory, TokenCorpus
 from klong_jax.splitting.policy import ContextPolicy, split_lengths
+from klong_jax.training.batches import Group
 
 
 def stored_spans(trajectory: StoredTrajectory, policy: ContextPolicy) -> tuple[WindowSpan, ...]:
@@ -29,37 +31,32 @@ def cut_stored(trajectory: StoredTrajectory, index: int, span: WindowSpan) -> Wi
     Demonstrations know no policy that sampled them: log-probabilities are zero, and the version is
     0 where the assistant spoke.
     """
-    # Of environment and assistant by turns, the ends in the stream.
-    edges = np.cumsum(trajectory.turn_lengths.reshape(-1))
-    speaks = np.arange(len(edges)) % 2 == 1
-
-    def sampled(start: int, end: int) -> np.ndarray:
-        inside = np.clip(edges, start, end)
-        return np.repeat(speaks, np.diff(inside, prepend=start))
-
-    pieces = ((0, span.prefix_len), (span.keep_from, span.end))
-    spoken = np.concatenate([sampled(start, end) for start, end in pieces])
-    position = np.r_[0 : span.prefix_len, span.keep_from : span.end]
+    position = span.positions()
+    # The ends of what environment and assistant said in turn; a position lies before one of them.
+    ends = np.cumsum(trajectory.turn_lengths.reshape(-1))
+    spoken = np.searchsorted(ends, position, side="right") % 2 == 1
     return Window(
         index=index,
         prefix_len=span.prefix_len,
-        tokens=np.concatenate([trajectory.tokens[start:end] for start, end in pieces]),
+        tokens=trajectory.tokens[position],
         trained_mask=spoken & (position >= span.fresh_from),
         behaviour_logprobs=np.zeros(len(position), np.float32),
         policy_version=np.where(spoken, 0, -1).astype(np.int32),
     )
 
 
-class CorpusWindows:
-    """All windows of a corpus under one context policy; those of one trajectory stand together.
+class CorpusGroups(Sequence[Group]):
+    """The groups of a corpus under one context policy, read from disk when they are asked for.
 
-    Of each window four numbers are kept, and its trajectory's.
+    A group is up to so many consecutive windows of one trajectory. Of each trajectory only the
+    number of its windows is kept.
     """
 
     def __init__(
         self,
         corpus: TokenCorpus,
         policy: ContextPolicy,
+        most: int,
         *,
         on_skip: Callable[[str], None] | None = None,
     ) -> None:
@@ -68,54 +65,47 @@ class CorpusWindows:
         Args:
             corpus: The trajectories.
             policy: The context policy.
+            most: Most windows of a group.
             on_skip: Told of trajectories that do not fit; None raises instead.
 
         Raises:
             UserError: A trajectory does not fit and nobody is told, or none fits.
         """
-        rows: list[tuple[int, int, int, int, int]] = []
-        first = [0]
+        counts = []
         for number in range(len(corpus)):
             try:
-                spans = stored_spans(corpus.trajectory(number), policy)
+                counts.append(len(stored_spans(corpus.trajectory(number), policy)))
             except UserError as error:
                 if on_skip is None:
                     raise
                 on_skip(str(error))
-                spans = ()
-            rows += [(number, s.prefix_len, s.keep_from, s.fresh_from, s.end) for s in spans]
-            first.append(len(rows))
-        if not rows:
+                counts.append(0)
+        if not any(counts):
             raise UserError(
                 f"{corpus.trajectory(0).source}: neither this trajectory nor another of its file "
                 f"fits into splitting.context_limit={policy.limit}; raise it."
             )
-        self.corpus = corpus
-        self._rows = np.array(rows, np.int64)
-        self._first = np.array(first)
+        self.corpus, self.policy, self._most = corpus, policy, most
+        self._windows = np.array(counts)
+        self._first = np.cumsum([0, *(-(-count // most) for count in counts)])
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return int(self._first[-1])
 
-    def window(self, number: int) -> Window:
-        """One of the windows, read from disk."""
-        trajectory, *span = self._rows[number].tolist()
-        index = number - int(self._first[trajectory])
-        return cut_stored(self.corpus.trajectory(trajectory), index, WindowSpan(*span))
+    def __getitem__(self, number: Any) -> Any:
+        if not 0 <= number < len(self):
+            raise IndexError(f"group {number} of {len(self)}")
+        place = int(np.searchsorted(self._first, number, side="right")) - 1
+        trajectory = self.corpus.trajectory(place)
+        start = (number - int(self._first[place])) * self._most
+        spans = stored_spans(trajectory, self.policy)[start : start + self._most]
+        return tuple(
+            cut_stored(trajectory, start + index, span) for index, span in enumerate(spans)
+        )
 
-    def groups(self, most: int) -> np.ndarray:
-        """Cuts the windows into groups that share a pinned prefix.
-
-        Args:
-            most: Most windows of a group.
-
-        Returns:
-            int64[groups, 2], the first window of each group and the one after its last: a
-            trajectory's consecutive windows, `most` at a time.
-        """
-        cuts = [
-            (start, min(start + most, end))
-            for first, end in zip(self._first[:-1].tolist(), self._first[1:].tolist(), strict=True)
-            for start in range(first, end, most)
-        ]
-        return np.array(cuts, np.int64)
+    def prefixes(self) -> Iterator[tuple[int, int]]:
+        """Of each group the length of its pinned prefix and its number of windows."""
+        for number, windows in enumerate(self._windows.tolist()):
+            prefix_len = self.corpus.prefix_len(number)
+            for start in range(0, windows, self._most):
+                yield prefix_len, min(self._most, windows - start)

@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from klong_jax.core.errors import UserError
 from klong_jax.core.message import Message
 from klong_jax.core.trajectory import Turn, Window, cut_window, token_stream
-from klong_jax.pipelines.split import pinned_messages
 from klong_jax.sft.corpus import TokenCorpus, write_index
 from klong_jax.sft.data import windows_of
 from klong_jax.sft.sealed import write_sealed
 from klong_jax.sft.shards import NOTES, TOKENS, TURNS, open_shard, write_shard
-from klong_jax.sft.windows import CorpusWindows
+from klong_jax.sft.windows import CorpusGroups
+from klong_jax.splitting.pinning import OPENING, pinned_messages
 from klong_jax.splitting.policy import ContextPolicy, split
 from klong_jax.text.chat import Chat
 from klong_jax.text.formats import Recording, read_recordings
@@ -28,6 +28,10 @@ from klong_jax.text.tokenizer import bundled_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = Path(os.environ.get("KLONG_SHARED", ROOT.parent / "shared")) / "data" / "trajectories"
+
+
+def pinned(recording: Recording) -> int:
+    return pinned_messages(recording.messages, OPENING, recording.pinned_messages, len)
 
 
 def same(stored: Window, window: Window) -> None:
@@ -48,21 +52,23 @@ def test_real_recordings_give_the_windows_of_the_path_in_memory(tmp_path: Path) 
     write_shard(
         tmp_path / "00000",
         recordings,
-        lambda recording: chat.turns(recording.messages, pinned_messages(recording)),
+        lambda recording: chat.turns(recording.messages, pinned(recording)),
     )
     write_index(tmp_path, [open_shard(tmp_path / "00000")])
     policy = ContextPolicy(12_000, 1_500, 1_000)
-    stored = CorpusWindows(TokenCorpus(tmp_path), policy, on_skip=lambda sentence: None)
+    groups = CorpusGroups(TokenCorpus(tmp_path), policy, 3, on_skip=lambda sentence: None)
     expected: list[Window] = []
     for recording in recordings:
-        pinned = pinned_messages(recording)
         try:
-            expected += windows_of(chat, recording.messages, pinned, policy, recording.source)
+            expected += windows_of(
+                chat, recording.messages, pinned(recording), policy, recording.source
+            )
         except UserError:
             continue
+    stored = [window for group in groups for window in group]
     assert len(stored) == len(expected) > len(recordings)
-    for number, window in enumerate(expected):
-        same(stored.window(number), window)
+    for one, window in zip(stored, expected, strict=True):
+        same(one, window)
 
 
 @st.composite
@@ -76,11 +82,16 @@ def tokenised(draw: st.DrawFn) -> tuple[tuple[Turn, ...], int]:
 
 
 @settings(max_examples=40)
-@given(st.lists(tokenised(), min_size=1, max_size=4), st.integers(0, 20), st.integers(1, 3))
+@given(
+    st.lists(tokenised(), min_size=1, max_size=4),
+    st.integers(0, 20),
+    st.integers(1, 3),
+    st.sampled_from([(), (3, 1)]),
+)
 def test_drawn_recordings_give_the_windows_of_the_path_in_memory(
-    drawn: list[tuple[tuple[Turn, ...], int]], overlap: int, most: int
+    drawn: list[tuple[tuple[Turn, ...], int]], overlap: int, most: int, fade: tuple[int, ...]
 ) -> None:
-    policy = ContextPolicy(32 + overlap, overlap, 6)
+    policy = ContextPolicy(32 + overlap, overlap, 6, fade=fade)
     recordings = [
         Recording(f"file:{number}", str(number), (Message("user", "x"),))
         for number in range(len(drawn))
@@ -91,19 +102,19 @@ def test_drawn_recordings_give_the_windows_of_the_path_in_memory(
         for part, records in parts.items():
             write_shard(folder / part, records, lambda r: drawn[int(r.recording_id)])
         write_index(folder, [open_shard(folder / part) for part in parts])
-        stored = CorpusWindows(TokenCorpus(folder), policy)
-        position = 0
-        groups = iter(stored.groups(most).tolist())
+        stored = CorpusGroups(TokenCorpus(folder), policy, most)
+        groups = zip(stored, stored.prefixes(), strict=True)
         for turns, prefix_len in drawn:
             stream = token_stream(turns)
             spans = split(turns, prefix_len, policy)
-            for index, span in enumerate(spans):
-                if index % most == 0:
-                    size = min(most, len(spans) - index)
-                    assert next(groups) == [position, position + size]
-                same(stored.window(position), cut_window(index, span, *stream))
-                position += 1
-        assert position == len(stored) and not list(groups)
+            windows = [cut_window(index, span, *stream) for index, span in enumerate(spans)]
+            for start in range(0, len(windows), most):
+                expected = windows[start : start + most]
+                group, said = next(groups)
+                assert said == (prefix_len, len(expected))
+                for one, window in zip(group, expected, strict=True):
+                    same(one, window)
+        assert not list(groups)
 
 
 def write_large(folder: Path, trajectories: int, tokens: int, turns: int) -> None:
@@ -134,11 +145,11 @@ def test_opening_takes_memory_for_trajectories_and_not_for_tokens(tmp_path: Path
     write_large(tmp_path, trajectories=100, tokens=1_000_000, turns=100)
     tracemalloc.start()
     corpus = TokenCorpus(tmp_path)
-    windows = CorpusWindows(corpus, ContextPolicy(100_000, 10_000, 5_000))
-    window = windows.window(1)
+    groups = CorpusGroups(corpus, ContextPolicy(100_000, 10_000, 5_000), 1)
+    (window,) = groups[1]
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert corpus.total_tokens == 100_000_000 and len(windows) > 1000
+    assert corpus.total_tokens == 100_000_000 and len(groups) > 1000
     assert len(window.tokens) > 90_000
     assert peak < 8_000_000
 
@@ -169,10 +180,10 @@ def test_trajectories_that_do_not_fit_are_told_or_refused(tmp_path: Path) -> Non
     )
     corpus = made(tmp_path / "cache", source, tmp_path / "log")
     told: list[str] = []
-    assert len(CorpusWindows(corpus, ContextPolicy(60, 5, 5), on_skip=told.append)) == 1
+    assert len(CorpusGroups(corpus, ContextPolicy(60, 5, 5), 1, on_skip=told.append)) == 1
     (sentence,) = told
     assert sentence.startswith(f"{source}:2: the pinned prefix has 90 tokens")
     with pytest.raises(UserError, match=r"demos\.jsonl:2: the pinned prefix has 90 tokens"):
-        CorpusWindows(corpus, ContextPolicy(60, 5, 5))
+        CorpusGroups(corpus, ContextPolicy(60, 5, 5), 1)
     with pytest.raises(UserError, match=r"file fits into splitting\.context_limit=9"):
-        CorpusWindows(corpus, ContextPolicy(9, 1, 2), on_skip=told.append)
+        CorpusGroups(corpus, ContextPolicy(9, 1, 2), 1, on_skip=told.append)
