@@ -1,4 +1,4 @@
-"""`klong bench`: the kernels beside their peers and beside bare matmuls, in one process."""
+"""`klong bench`: kernels beside their peers and beside bare matmuls; training steps."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -11,6 +11,7 @@ from jax.errors import JaxRuntimeError
 
 from klong_jax.kernels.backend import use_kernels
 from klong_jax.kernels.cases import CASES, Case, Work
+from klong_jax.pipelines import bench_sft
 from klong_jax.pipelines.config.commands import BenchConfig
 
 _LEAST_SECONDS, _MOST_CALLS = 0.03, 200
@@ -41,6 +42,9 @@ class Measured:
 
 def run(settings: BenchConfig) -> None:
     """Prints each case as it is measured."""
+    if settings.what == "sft":
+        bench_sft.run(settings.repeats)
+        return
     print(f"{settings.what} on {jax.devices()[0].device_kind}: TFLOP/s of useful operations (time)")
     print("limit: bare matrix multiplications; MiB: what ours needs beside arguments and results")
     print(_ROW.format(*_HEADINGS))

@@ -9,7 +9,7 @@ section 3; the overlap and the truncation of history are the paper's).
 Positions are indices into the trajectory's token stream (see `klong_jax.core.trajectory`).
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -243,19 +243,27 @@ def split(turns: Sequence[Turn], prefix_len: int, policy: ContextPolicy) -> tupl
     Raises:
         UserError: The prefix or a turn does not fit; the message names the turn.
     """
+    lengths = ((len(turn.suffix_ids), len(turn.output_ids)) for turn in turns)
+    restarts = {number for number, turn in enumerate(turns) if turn.restart}
+    return split_lengths(lengths, prefix_len, policy, restarts)
+
+
+def split_lengths(
+    lengths: Iterable[tuple[int, int]],
+    prefix_len: int,
+    policy: ContextPolicy,
+    restarts: Container[int] = (),
+) -> tuple[WindowSpan, ...]:
+    """`split` of turns of which only restarts and the lengths of suffix and output are known."""
     tracker = WindowTracker(policy, prefix_len)
     position = 0
-    for number, turn in enumerate(turns):
-        suffix_end = position + len(turn.suffix_ids)
-        end = suffix_end + len(turn.output_ids)
+    for number, (suffix_len, output_len) in enumerate(lengths):
+        suffix_end = position + suffix_len
+        end = suffix_end + output_len
         if end > prefix_len:
             try:
-                tracker.open_turn(
-                    max(position, prefix_len),
-                    suffix_end,
-                    len(turn.output_ids),
-                    restart=bool(turn.restart),
-                )
+                start = max(position, prefix_len)
+                tracker.open_turn(start, suffix_end, output_len, restart=number in restarts)
             except ContextOverflow as overflow:
                 raise UserError(f"turn {number}: {overflow}") from None
         tracker.close_turn(end)

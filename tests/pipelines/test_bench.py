@@ -38,6 +38,14 @@ def test_the_command_prints_a_row_a_case() -> None:
     assert "1024 x 128 x 4096, both" in done.stdout and "all logits" in done.stdout
 
 
+def test_training_steps_are_timed_whole_and_with_the_prefix_once() -> None:
+    done = klong("bench", "what=sft", "repeats=1")
+    assert done.returncode == 0, done.stderr
+    rows = [line.split() for line in done.stdout.splitlines() if line.strip()[:1].isdigit()]
+    assert [row[:3] for row in rows if len(row) == 11] == [["128", "384", "4"], ["256", "256", "4"]]
+    assert [row[0] for row in rows if len(row) == 5] == ["1", "4", "16"]
+
+
 def test_an_unknown_backend_is_named() -> None:
     done = klong("bench", "what=attention", "backend=cuda")
     assert done.returncode == 2

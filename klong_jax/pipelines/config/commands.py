@@ -258,14 +258,22 @@ class SandboxConfig(Section):
 
 
 class BenchConfig(Section):
-    """The speed of a kernel on this machine, beside its peers and bare matrix multiplications."""
+    """The speed of a kernel beside its peers, or of training on windows that begin alike."""
 
-    what: Literal["attention", "grouped_matmul", "linear_cross_entropy"]
-    """The kernel."""
+    what: Literal["attention", "grouped_matmul", "linear_cross_entropy", "sft"]
+    """The kernel, or sft."""
     backend: str | None
-    """Its backend; null takes the one of this platform."""
+    """The kernel's backend; null takes the one of this platform."""
     repeats: int = Field(gt=0)
     """Calls whose median time counts."""
+
+    @model_validator(mode="after")
+    def _has_a_backend(self) -> Self:
+        if self.what == "sft" and self.backend is not None:
+            raise UserError(
+                f"backend={self.backend}: training has no backend of its own; leave it out."
+            )
+        return self
 
 
 class DoctorConfig(Section):

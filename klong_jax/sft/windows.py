@@ -1,0 +1,111 @@
+"""The windows of a tokenised corpus, in groups, cut from the disk when they are asked for."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from klong_jax.core.errors import UserError
+from klong_jax.core.trajectory import Window, WindowSpan
+from klong_jax.sft.corpus import StoredTrajectory, TokenCorpus
+from klong_jax.splitting.policy import ContextPolicy, split_lengths
+from klong_jax.training.batches import Group
+
+
+def stored_spans(trajectory: StoredTrajectory, policy: ContextPolicy) -> tuple[WindowSpan, ...]:
+    """Splits a stored trajectory; its tokens are not touched.
+
+    Raises:
+        UserError: The pinned prefix or a turn does not fit; names the recording.
+    """
+    policy.check_prefix(trajectory.prefix_len, trajectory.source)
+    try:
+        return split_lengths(trajectory.turn_lengths.tolist(), trajectory.prefix_len, policy)
+    except UserError as error:
+        raise UserError(f"{trajectory.source}: {error}") from None
+
+
+def cut_stored(trajectory: StoredTrajectory, index: int, span: WindowSpan) -> Window:
+    """Cuts one window out of a stored trajectory; only its own tokens are read.
+
+    Demonstrations know no policy that sampled them: log-probabilities are zero, and the version is
+    0 where the assistant spoke.
+    """
+    position = span.positions()
+    # The ends of what environment and assistant said in turn; a position lies before one of them.
+    ends = np.cumsum(trajectory.turn_lengths.reshape(-1))
+    spoken = np.searchsorted(ends, position, side="right") % 2 == 1
+    return Window(
+        index=index,
+        prefix_len=span.prefix_len,
+        tokens=trajectory.tokens[position],
+        trained_mask=spoken & (position >= span.fresh_from),
+        behaviour_logprobs=np.zeros(len(position), np.float32),
+        policy_version=np.where(spoken, 0, -1).astype(np.int32),
+    )
+
+
+class CorpusGroups(Sequence[Group]):
+    """The groups of a corpus under one context policy, read from disk when they are asked for.
+
+    A group is up to so many consecutive windows of one trajectory. Of each trajectory only the
+    number of its windows is kept.
+    """
+
+    def __init__(
+        self,
+        corpus: TokenCorpus,
+        policy: ContextPolicy,
+        most: int,
+        *,
+        on_skip: Callable[[str], None] | None = None,
+    ) -> None:
+        """Splits every trajectory.
+
+        Args:
+            corpus: The trajectories.
+            policy: The context policy.
+            most: Most windows of a group.
+            on_skip: Told of trajectories that do not fit; None raises instead.
+
+        Raises:
+            UserError: A trajectory does not fit and nobody is told, or none fits.
+        """
+        counts = []
+        for number in range(len(corpus)):
+            try:
+                counts.append(len(stored_spans(corpus.trajectory(number), policy)))
+            except UserError as error:
+                if on_skip is None:
+                    raise
+                on_skip(str(error))
+                counts.append(0)
+        if not any(counts):
+            raise UserError(
+                f"{corpus.trajectory(0).source}: neither this trajectory nor another of its file "
+                f"fits into splitting.context_limit={policy.limit}; raise it."
+            )
+        self.corpus, self.policy, self._most = corpus, policy, most
+        self._windows = np.array(counts)
+        self._first = np.cumsum([0, *(-(-count // most) for count in counts)])
+
+    def __len__(self) -> int:
+        return int(self._first[-1])
+
+    def __getitem__(self, number: Any) -> Any:
+        if not 0 <= number < len(self):
+            raise IndexError(f"group {number} of {len(self)}")
+        place = int(np.searchsorted(self._first, number, side="right")) - 1
+        trajectory = self.corpus.trajectory(place)
+        start = (number - int(self._first[place])) * self._most
+        spans = stored_spans(trajectory, self.policy)[start : start + self._most]
+        return tuple(
+            cut_stored(trajectory, start + index, span) for index, span in enumerate(spans)
+        )
+
+    def prefixes(self) -> Iterator[tuple[int, int]]:
+        """Of each group the length of its pinned prefix and its number of windows."""
+        for number, windows in enumerate(self._windows.tolist()):
+            prefix_len = self.corpus.prefix_len(number)
+            for start in range(0, windows, self._most):
+                yield prefix_len, min(self._most, windows - start)
