@@ -5,7 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from klong_jax.core.errors import UserError
-from klong_jax.core.jsonio import read_json, write_json
+from klong_jax.core.jsonio import Json, read_json, write_json
 from klong_jax.core.message import Message
 from klong_jax.core.trajectory import Turn
 from klong_jax.pipelines.config.training import TokenizerSection
@@ -61,6 +61,18 @@ def save_dialect(folder: Path, dialect: Dialect) -> None:
     if isinstance(dialect, TemplateChat):
         value = {"thinking": dialect.thinking, **asdict(dialect.renderer.template)}
         write_json(folder / _FILE, value)
+
+
+def dialect_identity(dialect: Dialect) -> Json:
+    """What decides the tokens of a recording, beside the tokenizer."""
+    if not isinstance(dialect, TemplateChat):
+        return "chatml"
+    template = dialect.renderer.template
+    return {
+        "template": template.source,
+        "variables": template.variables,
+        "thinking": dialect.thinking,
+    }
 
 
 def load_dialect(folder: Path, tokenizer: Tokenizer) -> Dialect:

@@ -21,6 +21,7 @@ from klong_jax.pipelines import rl as rl_pipeline
 from klong_jax.pipelines import sft as sft_pipeline
 from klong_jax.pipelines.arena import open_arena
 from klong_jax.pipelines.config.commands import RecipeConfig
+from klong_jax.pipelines.config.training import TokenisedDataSection
 from klong_jax.pipelines.distill import demonstrate
 from klong_jax.pipelines.eval import evaluate
 from klong_jax.pipelines.factory import write_tasks
@@ -28,6 +29,7 @@ from klong_jax.pipelines.policy import Policy, new_policy
 from klong_jax.pipelines.process import computing, device_mesh, prepare_process
 from klong_jax.pipelines.rundir import RunDir, open_run
 from klong_jax.pipelines.split import plan_recording
+from klong_jax.pipelines.tokenised import Tokeniser, tokenised_windows
 from klong_jax.report.data import EvalRow, RlPoint, RunReport
 from klong_jax.report.data import Policy as PolicyName
 from klong_jax.report.html import write_report
@@ -76,6 +78,10 @@ class _Recipe:
         self.mesh = device_mesh(config.mesh)
         self._clock = time.monotonic()
 
+    @property
+    def _demonstrations(self) -> Path:
+        return self.path / "demonstrations.jsonl"
+
     async def run(self) -> None:
         """The recipe, stage by stage."""
         tasks = self._make_tasks()
@@ -85,7 +91,7 @@ class _Recipe:
         base = new_policy(self.config.model, tokenizer, self.config.seed, self.mesh)
         self.console.print(f"{'a decoder of':<24} {base.parameters:,} parameters", markup=False)
         with computing(self.mesh, self.config.kernels):
-            sft = self._fine_tune(base, recordings)
+            sft = self._fine_tune(base)
             self._report(await self._reinforce(base, sft, tasks))
 
     def _make_tasks(self) -> _Tasks:
@@ -109,7 +115,7 @@ class _Recipe:
         return _Tasks(*(_load(root / name) for name in ("demonstrated", "practised", "heldout")))
 
     async def _demonstrate(self, tasks: list[Task]) -> list[Recording]:
-        out = self.path / "demonstrations.jsonl"
+        out = self._demonstrations
         if self.folder.done("distill") is None:
             await demonstrate(self.config, tasks, out, self.console)
             self._done("distill")
@@ -141,7 +147,7 @@ class _Recipe:
         )
         write_json(self.path / "plan.json", [plan.to_json() for plan in plans])
 
-    def _fine_tune(self, base: Policy, recordings: Sequence[Recording]) -> Policy:
+    def _fine_tune(self, base: Policy) -> Policy:
         chat, sft = Chat(base.tokenizer), self.config.sft
         phases = []
         for name, section, make in (
@@ -157,8 +163,12 @@ class _Recipe:
                 calls = math.ceil(section.batch * section.length / tokens)
                 rows = math.ceil(section.batch / calls)
                 phases.append(Phase(data, section.steps, section.batch, rows))
-        data = sft_pipeline.trajectory_windows(
-            chat, recordings, self.context, sft, options=self.options, on_loss=self.console.print
+        data = tokenised_windows(
+            TokenisedDataSection(path=self._demonstrations, skip_bad=False, cache=None, workers=1),
+            Tokeniser(chat, self.context, self.options),
+            sft,
+            self.path / "corpora",
+            self.console,
         )
         phases.append(Phase(data, sft.steps, sft.batch, sft.micro_batch))
         policy = sft_pipeline.train(

@@ -1,13 +1,12 @@
 """`klong sft`: windows of recorded trajectories, and the training run on them."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from jax.sharding import Mesh
 from rich.console import Console
 
-from klong_jax.core.errors import UserError
 from klong_jax.core.message import Message
 from klong_jax.parallel.distributed import start_processes, together
 from klong_jax.pipelines.config.commands import SftConfig
@@ -27,24 +26,18 @@ from klong_jax.pipelines.process import (
     prepare_process,
 )
 from klong_jax.pipelines.rundir import open_run
-from klong_jax.pipelines.split import split_recording
 from klong_jax.pipelines.stage import stage
-from klong_jax.sft.data import WindowDataset, best_shared, grouped, windows_of
+from klong_jax.pipelines.tokenised import Tokeniser, tokenised_windows
+from klong_jax.sft.data import WindowDataset, windows_of
 from klong_jax.sft.loss import sft_loss
 from klong_jax.sft.run import Phase, run_sft
 from klong_jax.splitting.policy import ContextPolicy
-from klong_jax.splitting.recorded import DEFAULT_OPTIONS, SplitOptions
 from klong_jax.text.dialect import Dialect
-from klong_jax.text.formats import Recording, read_recordings
 from klong_jax.text.tokenizer import bundled_tokenizer, load_tokenizer
 from klong_jax.training.accumulate import Trainer
-from klong_jax.training.batches import Group
 from klong_jax.training.checkpoint import Checkpoints
 from klong_jax.training.metrics import MetricsLog
 from klong_jax.training.optimizer import make_optimizer
-
-# What kernels of all platforms and meshes of common sizes divide.
-_SHARED_MULTIPLE = 128
 
 
 def run(config: SftConfig) -> None:
@@ -57,7 +50,11 @@ def run(config: SftConfig) -> None:
     policy = replace(policy, learnt=chat)
     with open_run("sft", config, config.run) as folder, computing(mesh, config.kernels):
         prepare_process(folder.path)
-        data = together(lambda: _windows(config, chat, console))
+        tokeniser = Tokeniser(chat, config.splitting.policy(), config.splitting.options())
+        cache = config.run.root / "corpora"
+        data = together(
+            lambda: tokenised_windows(config.data, tokeniser, config.sft, cache, console)
+        )
         phase = Phase(data, config.sft.steps, config.sft.batch, config.sft.micro_batch)
         train(folder.path / "sft", policy, [phase], config.sft, config.seed, console)
         console.print(f"policy in {folder.path / 'sft'}", markup=False)
@@ -70,18 +67,6 @@ def _start(config: SftConfig, mesh: Mesh) -> Policy:
     path = config.tokenizer.path
     tokenizer = load_tokenizer(path) if path else bundled_tokenizer()
     return new_policy(config.model, tokenizer, config.seed, mesh)
-
-
-def _windows(config: SftConfig, chat: Dialect, console: Console) -> WindowDataset:
-    return trajectory_windows(
-        chat,
-        read_recordings(config.data.path, skip_bad=config.data.skip_bad, on_skip=console.print),
-        config.splitting.policy(),
-        config.sft,
-        on_skip=console.print if config.data.skip_bad else None,
-        options=config.splitting.options(),
-        on_loss=console.print,
-    )
 
 
 def train(
@@ -117,50 +102,6 @@ def train(
         )
     checkpoints.close()
     return replace(policy, params=state.params)
-
-
-def trajectory_windows(
-    chat: Dialect,
-    recordings: Iterable[Recording],
-    context: ContextPolicy,
-    section: SftSection,
-    on_skip: Callable[[str], None] | None = None,
-    options: SplitOptions = DEFAULT_OPTIONS,
-    on_loss: Callable[[str], None] | None = None,
-) -> WindowDataset:
-    """Splits recordings into windows by the agent's own context policy.
-
-    Args:
-        chat: The dialect.
-        recordings: The demonstrations.
-        context: The context policy.
-        section: How many windows are trained together, and how much of them is computed once.
-        on_skip: Told of recordings that do not fit; None raises instead.
-        options: What the policy leaves open.
-        on_loss: Told how many turns are not shown whole, or not after those before, if any.
-    """
-    groups: list[Group] = []
-    cut = dropped = restarts = 0
-    for recording in recordings:
-        try:
-            made = split_recording(chat, recording, context, options)
-        except UserError as error:
-            if on_skip is None:
-                raise
-            on_skip(f"skipped: {error}")
-            continue
-        groups += grouped(made.windows(), section.together)
-        cut += len(made.cut_turns)
-        dropped += len(made.dropped)
-        restarts += sum(bool(turn.restart) for turn in made.turns)
-    if on_loss is not None and cut + dropped:
-        on_loss(f"{cut} turns cut to fit, {dropped} turns dropped")
-    if on_loss is not None and restarts:
-        on_loss(f"{restarts} turns begin windows of their own; klong split says which and why")
-    shared = section.shared_prefix
-    if shared == "auto":
-        shared = best_shared(groups, _SHARED_MULTIPLE)
-    return WindowDataset("trajectories", tuple(groups), context.limit, shared)
 
 
 def drill_windows(

@@ -28,6 +28,7 @@ class StoredTrajectory:
         source: File and position it was read from when the corpus was made.
         prefix_len: Tokens of the pinned prefix.
         turn_lengths: int64[turns, 2], each turn's environment and output tokens.
+        restarts: bool[turns], whether a window begins with the turn whatever fits.
         tokens: int32[sum of turn_lengths], the turns end to end; read when it is touched.
     """
 
@@ -35,6 +36,7 @@ class StoredTrajectory:
     source: str
     prefix_len: int
     turn_lengths: np.ndarray
+    restarts: np.ndarray
     tokens: np.ndarray
 
 
@@ -44,6 +46,7 @@ class TokenCorpus:
     Attributes:
         folder: Where it lies.
         skipped: Why records of the source were passed over, a sentence each.
+        remarks: What is to be told of the others, a sentence each.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -60,6 +63,7 @@ class TokenCorpus:
         self.folder = folder
         self._shards = [_open(folder / name, digest) for name, digest in index["shards"]]
         self.skipped = tuple(chain.from_iterable(shard.skipped for shard in self._shards))
+        self.remarks = tuple(chain.from_iterable(shard.remarks for shard in self._shards))
         self._lengths = np.concatenate([shard.lengths for shard in self._shards])
         self._first = np.cumsum([0, *(len(shard.lengths) for shard in self._shards)])
         self._opened = lru_cache(_OPEN_SHARDS)(self._open_arrays)
@@ -92,11 +96,13 @@ class TokenCorpus:
         turn_end, token_end, _ = (int(end) for end in ends[within])
         turn_count, token_count, prefix_len = (int(length) for length in shard.lengths[within])
         name, source = names[within]
+        turns = turns[turn_end - turn_count : turn_end]
         return StoredTrajectory(
             recording_id=name,
             source=source,
             prefix_len=prefix_len,
-            turn_lengths=turns[turn_end - turn_count : turn_end],
+            turn_lengths=turns[:, :2],
+            restarts=turns[:, 2] > 0,
             tokens=tokens[token_end - token_count : token_end],
         )
 

@@ -1,9 +1,9 @@
 """Datasets of windows, read in a shuffled order that follows from seed and position alone."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import lru_cache
 
 import numpy as np
 
@@ -25,29 +25,22 @@ class WindowDataset:
         groups: All of them.
         length: Tokens a window is padded to.
         shared: Tokens at the front of a group's windows that are computed once; 0 for none.
+        prefix_trained: Whether any of these tokens is trained.
     """
 
     name: str
-    groups: tuple[Group, ...]
+    groups: Sequence[Group]
     length: int
     shared: int = 0
+    prefix_trained: bool = True
 
     def __post_init__(self) -> None:
         if not self.groups:
             raise UserError(f"sft: the dataset {self.name!r} holds no windows; check its source.")
-        if not any(window.trained_mask.any() for group in self.groups for window in group):
-            raise UserError(
-                f"sft: the dataset {self.name!r} holds no token to train; its recordings need "
-                "assistant messages."
-            )
 
     def layout(self, rows: int) -> Layout:
         """How its batches are laid out: the same shapes for all of them."""
-        return Layout(self.length, rows, self.shared, self._prefix_is_trained)
-
-    @cached_property
-    def _prefix_is_trained(self) -> bool:
-        return any(group[0].trained_mask[1 : self.shared].any() for group in self.groups)
+        return Layout(self.length, rows, self.shared, self.prefix_trained)
 
     def batch(self, position: int, size: int, seed: int) -> list[Group]:
         """The groups from `position` on, each epoch in an order of its own.
@@ -58,9 +51,14 @@ class WindowDataset:
         chosen = []
         for place in range(position, position + size):
             epoch, index = divmod(place, count)
-            order = np.random.default_rng([seed, epoch]).permutation(count)
-            chosen.append(self.groups[order[index]])
+            chosen.append(self.groups[_order(count, seed, epoch)[index]])
         return chosen
+
+
+@lru_cache(4)
+def _order(count: int, seed: int, epoch: int) -> list[int]:
+    order: list[int] = np.random.default_rng([seed, epoch]).permutation(count).tolist()
+    return order
 
 
 def grouped(windows: Sequence[Window], most: int) -> Iterator[Group]:
@@ -69,19 +67,19 @@ def grouped(windows: Sequence[Window], most: int) -> Iterator[Group]:
         yield tuple(windows[start : start + most])
 
 
-def best_shared(groups: Sequence[Group], multiple: int) -> int:
+def best_shared(prefixes: Iterable[tuple[int, int]], multiple: int) -> int:
     """The length of the shared prefix that spares the most tokens; 0 if none does.
 
     A group shares it if its pinned prefix is as long, and then computes it once instead of once a
     window.
 
     Args:
-        groups: Windows that are trained together.
+        prefixes: Of each group the length of its pinned prefix and its number of windows.
         multiple: What the length is a multiple of.
     """
     spared: Counter[int] = Counter()
-    for group in groups:
-        spared[group[0].prefix_len // multiple * multiple] += len(group) - 1
+    for prefix_len, windows in prefixes:
+        spared[prefix_len // multiple * multiple] += windows - 1
     best = most = windows = 0
     for length in sorted(spared, reverse=True):
         windows += spared[length]

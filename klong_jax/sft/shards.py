@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import uuid4
 
 import numpy as np
@@ -26,8 +26,23 @@ from klong_jax.text.formats import Recording
 TOKENS, TURNS, NOTES = "tokens.npy", "turns.npy", "shard.json"
 DTYPES: dict[str, np.dtype[Any]] = {TOKENS: np.dtype("<i4"), TURNS: np.dtype("<i8")}
 
-Tokenise = Callable[[Recording], tuple[Sequence[Turn], int]]
-"""Gives a recording's turns and the length of its pinned prefix; raises UserError to refuse it."""
+
+class Tokenised(NamedTuple):
+    """A recording as tokens.
+
+    Attributes:
+        turns: Its turns.
+        prefix_len: Tokens of its pinned prefix.
+        remarks: What is to be told of it, a sentence each.
+    """
+
+    turns: Sequence[Turn]
+    prefix_len: int
+    remarks: tuple[str, ...] = ()
+
+
+Tokenise = Callable[[Recording], Tokenised]
+"""Tokenises a recording; raises UserError to refuse it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +54,7 @@ class Shard:
         records: Hash of the records that it was made of.
         lengths: int64[trajectories, 3], each trajectory's turns, tokens and pinned tokens.
         skipped: Why records were passed over, a sentence each.
+        remarks: What is to be told of the others, a sentence each.
         digest: Hash of its notes, which hold the hashes of its arrays.
     """
 
@@ -46,6 +62,7 @@ class Shard:
     records: str
     lengths: np.ndarray
     skipped: tuple[str, ...]
+    remarks: tuple[str, ...]
     digest: str
 
     def names(self) -> list[tuple[str, str]]:
@@ -59,7 +76,7 @@ class Shard:
             UserError: The file is not the array that was written.
         """
         turns, tokens, _ = self.lengths.sum(axis=0)
-        shape = {TOKENS: (tokens,), TURNS: (turns, 2)}[name]
+        shape = {TOKENS: (tokens,), TURNS: (turns, 3)}[name]
         path = self.folder / name
         try:
             array: np.ndarray = np.load(path, mmap_mode="r")
@@ -96,6 +113,7 @@ def open_shard(folder: Path) -> Shard:
         records=notes["records"],
         lengths=np.array(notes["lengths"], np.int64).reshape(-1, 3),
         skipped=tuple(notes["skipped"]),
+        remarks=tuple(notes["remarks"]),
         digest=digest,
     )
     for name, noted in notes["files"].items():
@@ -122,23 +140,26 @@ def write_shard(folder: Path, records: Sequence[Recording | str], tokenise: Toke
     names: list[tuple[str, str]] = []
     lengths: list[tuple[int, int, int]] = []
     skipped: list[str] = []
+    remarks: list[str] = []
     parts: dict[str, list[np.ndarray]] = {
         TOKENS: [np.zeros(0, DTYPES[TOKENS])],
-        TURNS: [np.zeros((0, 2), DTYPES[TURNS])],
+        TURNS: [np.zeros((0, 3), DTYPES[TURNS])],
     }
     for record in records:
         if isinstance(record, str):
             skipped.append(record)
             continue
         try:
-            tokens, turns, prefix_len = _tokenised(record, tokenise)
+            made = tokenise(record)
+            tokens, turns = _arrays(record, made)
         except UserError as error:
             skipped.append(str(error))
             continue
         parts[TOKENS].append(tokens)
         parts[TURNS].append(turns)
         names.append((record.recording_id, record.source))
-        lengths.append((len(turns), len(tokens), prefix_len))
+        lengths.append((len(turns), len(tokens), made.prefix_len))
+        remarks += (f"{record.source}: {remark}" for remark in made.remarks)
     with _appearing(folder) as scratch:
         files = {name: _save(scratch / name, np.concatenate(parts[name])) for name in parts}
         notes = {
@@ -146,6 +167,7 @@ def write_shard(folder: Path, records: Sequence[Recording | str], tokenise: Toke
             "names": names,
             "lengths": lengths,
             "skipped": skipped,
+            "remarks": remarks,
             "files": files,
         }
         write_sealed(scratch / NOTES, notes)
@@ -166,34 +188,28 @@ def sweep(corpus: Path) -> None:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _tokenised(recording: Recording, tokenise: Tokenise) -> tuple[np.ndarray, np.ndarray, int]:
-    """A recording's tokens, its turns' lengths, and the length of its pinned prefix."""
-    turns, prefix_len = tokenise(recording)
-    lengths = np.array(
-        [(len(turn.suffix_ids), len(turn.output_ids)) for turn in turns], DTYPES[TURNS]
-    ).reshape(-1, 2)
-    if not lengths[:, 1].any():
+def _arrays(recording: Recording, made: Tokenised) -> tuple[np.ndarray, np.ndarray]:
+    """A recording's tokens, and of each turn two lengths and whether a window begins with it."""
+    turns = np.array(
+        [(len(t.suffix_ids), len(t.output_ids), bool(t.restart)) for t in made.turns], DTYPES[TURNS]
+    ).reshape(-1, 3)
+    if not turns[:, 1].any():
         raise UserError(
             f"{recording.source}: the assistant says nothing, so no token can be trained; remove "
             "the record."
         )
-    if any(turn.restart for turn in turns):
-        raise UserError(
-            f"{recording.source}: a turn begins a new window, which a tokenised corpus does not "
-            "tell; set tokenizer.thinking=keep."
-        )
-    if prefix_len > lengths.sum():
+    if made.prefix_len > turns[:, :2].sum():
         raise UserError(
             f"{recording.source}: messages after the assistant's last are pinned; pin fewer."
         )
     tokens = np.concatenate(
         [
             np.array(ids, DTYPES[TOKENS])
-            for turn in turns
+            for turn in made.turns
             for ids in (turn.suffix_ids, turn.output_ids)
         ]
     )
-    return tokens, lengths, prefix_len
+    return tokens, turns
 
 
 @contextmanager

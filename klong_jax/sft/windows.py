@@ -20,7 +20,9 @@ def stored_spans(trajectory: StoredTrajectory, policy: ContextPolicy) -> tuple[W
     """
     policy.check_prefix(trajectory.prefix_len, trajectory.source)
     try:
-        return split_lengths(trajectory.turn_lengths.tolist(), trajectory.prefix_len, policy)
+        restarts = set(np.flatnonzero(trajectory.restarts).tolist())
+        lengths = trajectory.turn_lengths.tolist()
+        return split_lengths(lengths, trajectory.prefix_len, policy, restarts)
     except UserError as error:
         raise UserError(f"{trajectory.source}: {error}") from None
 
@@ -109,3 +111,13 @@ class CorpusGroups(Sequence[Group]):
             prefix_len = self.corpus.prefix_len(number)
             for start in range(0, windows, self._most):
                 yield prefix_len, min(self._most, windows - start)
+
+    def trains_before(self, length: int) -> bool:
+        """Whether a token at the front of a trajectory, behind its first, is the assistant's."""
+        for number in range(len(self.corpus)):
+            lengths = self.corpus.trajectory(number).turn_lengths
+            ends = np.cumsum(lengths.reshape(-1)).reshape(-1, 2)
+            # An output that is no token long ends where it begins.
+            if np.any((ends[:, 0] < length) & (ends[:, 1] > np.maximum(ends[:, 0], 1))):
+                return True
+        return False

@@ -44,6 +44,10 @@ class ChatTemplate:
     name: str
     variables: dict[str, str] = field(default_factory=dict)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # What is compiled is code, which does not travel to other processes.
+        return {name: value for name, value in vars(self).items() if name != "compiled"}
+
     @cached_property
     def compiled(self) -> jinja2.Template:
         """The template in the sandbox that transformers renders it in.

@@ -33,6 +33,7 @@ from klong_jax.pipelines.config.training import (
     RlSection,
     SftSection,
     SplittingSection,
+    TokenisedDataSection,
     TokenizerSection,
     TokenizerTraining,
     check_shared,
@@ -156,7 +157,7 @@ class SftConfig(Section):
     processes: ProcessesSection
     mesh: MeshSection
     kernels: KernelsSection
-    data: DataSection
+    data: TokenisedDataSection
     policy: Path | None
     """Folder of the policy to start from, such as one that klong convert made; null trains a new
     one from scratch."""

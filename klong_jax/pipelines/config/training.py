@@ -128,6 +128,16 @@ class DataSection(Section):
     """Pass over records that cannot be read instead of stopping at the first."""
 
 
+class TokenisedDataSection(DataSection):
+    """Recorded trajectories that are tokenised once and kept on disk."""
+
+    cache: Path | None
+    """Folder of tokenised corpora, found again by what they depend on; null is corpora in the
+    folder of runs."""
+    workers: int = Field(ge=0)
+    """Processes that tokenise; 0 is as many as the file is worth and the machine has cores."""
+
+
 class OptimizerSection(Section):
     """How parameters are updated."""
 
