@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -109,7 +109,7 @@ async def train(
     optimizer = section.optimizer.config(0)
     numbers = RlLossConfig(section.clip, section.importance_cap, section.kl_beta, temperature)
     describe_policy(folder, policy)
-    checkpoints = Checkpoints(folder / "checkpoints", policy.identity)
+    checkpoints = Checkpoints(folder / "checkpoints", policy.identity, tidy=True)
     done = checkpoints.latest() or 0
     total = sum(s.max_steps for s in section.stages)
     shape = RlRunConfig(
@@ -121,7 +121,7 @@ async def train(
         micro_batch=section.micro_batch,
         seed=config.seed,
     )
-    with stage(console, "progressive RL", total) as advance:
+    with closing(checkpoints), stage(console, "progressive RL", total) as advance:
         advance(done)
         state = await run_rl(
             shape,
@@ -137,7 +137,6 @@ async def train(
             MetricsLog(folder / "metrics.jsonl", done),
             on_step=lambda row: advance(1, _remark(row)),
         )
-    checkpoints.close()
     return replace(policy, params=state.params)
 
 

@@ -1,6 +1,7 @@
 """`klong sft`: windows of recorded trajectories, and the training run on them."""
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -87,10 +88,12 @@ def train(
     steps = sum(phase.steps for phase in phases)
     optimizer = section.optimizer.config(steps)
     describe_policy(folder, policy)
-    checkpoints = Checkpoints(folder / "checkpoints", policy.identity)
+    checkpoints = Checkpoints(
+        folder / "checkpoints", policy.identity, section.keep_last, section.keep_best, tidy=True
+    )
     done = checkpoints.latest() or 0
     metrics = MetricsLog(folder / "metrics.jsonl", done)
-    with stage(console, "supervised fine-tuning", steps) as advance:
+    with closing(checkpoints), stage(console, "supervised fine-tuning", steps) as advance:
         advance(done)
         state = run_sft(
             phases,
@@ -106,7 +109,6 @@ def train(
             save_every=section.save_every,
             on_step=lambda row: advance(1, f"{row['phase']}: loss {row['loss']:.3f}"),
         )
-    checkpoints.close()
     return replace(policy, params=state.params)
 
 

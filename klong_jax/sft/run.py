@@ -79,6 +79,6 @@ def run_sft(
             on_step(row)
             if step % save_every == 0 or index + 1 == phase.steps:
                 progress = {"phase": phase.data.name, "position": position + phase.batch}
-                checkpoints.save(state, {"data": progress, "seed": seed})
+                checkpoints.save(state, {"data": progress, "seed": seed}, loss=logs["loss"])
         first += phase.steps
     return state

@@ -148,6 +148,11 @@ class SftSection(Section):
     """What a step moves the routers' biases by to even out the load of experts; 0 leaves them."""
     save_every: int = Field(gt=0)
     """Steps between checkpoints."""
+    keep_last: int = Field(gt=0)
+    """How many of the latest checkpoints are kept; training resumes from the last."""
+    keep_best: int = Field(ge=0)
+    """How many are kept beside them of those saved at the lowest loss;
+    policy=FOLDER/checkpoints/STEP takes one."""
     optimizer: OptimizerSection
 
     @model_validator(mode="after")
