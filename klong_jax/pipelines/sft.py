@@ -8,7 +8,7 @@ from pathlib import Path
 from jax.sharding import Mesh
 from rich.console import Console
 
-from klong_jax.core.errors import UserError
+from klong_jax.core.errors import Preempted, UserError
 from klong_jax.core.message import Message
 from klong_jax.core.trajectory import Window
 from klong_jax.parallel.distributed import start_processes, together
@@ -41,6 +41,7 @@ from klong_jax.training.accumulate import Trainer
 from klong_jax.training.checkpoint import Checkpoints
 from klong_jax.training.metrics import MetricsLog
 from klong_jax.training.optimizer import make_optimizer
+from klong_jax.training.preemption import noticing_preemption
 
 
 def run(config: SftConfig) -> None:
@@ -84,7 +85,11 @@ def train(
     seed: int,
     console: Console,
 ) -> Policy:
-    """Trains a policy through phases, from its last checkpoint on if there is one."""
+    """Trains a policy through phases, from its last checkpoint on if there is one.
+
+    Raises:
+        Preempted: SIGTERM was sent; the last step is saved.
+    """
     steps = sum(phase.steps for phase in phases)
     optimizer = section.optimizer.config(steps)
     describe_policy(folder, policy)
@@ -93,7 +98,11 @@ def train(
     )
     done = checkpoints.latest() or 0
     metrics = MetricsLog(folder / "metrics.jsonl", done)
-    with closing(checkpoints), stage(console, "supervised fine-tuning", steps) as advance:
+    with (
+        noticing_preemption() as preemption,
+        closing(checkpoints),
+        stage(console, "supervised fine-tuning", steps) as advance,
+    ):
         advance(done)
         state = run_sft(
             phases,
@@ -108,7 +117,10 @@ def train(
             seed=seed,
             save_every=section.save_every,
             on_step=lambda row: advance(1, f"{row['phase']}: loss {row['loss']:.3f}"),
+            asked_to_stop=preemption.asked,
         )
+    if preemption.agreed:
+        raise Preempted
     return replace(policy, params=state.params)
 
 

@@ -39,8 +39,9 @@ def run_sft(
     seed: int,
     save_every: int,
     on_step: Callable[[dict[str, Any]], None],
+    asked_to_stop: Callable[[], bool],
 ) -> TrainState:
-    """Trains through all phases, from the last checkpoint on if there is one.
+    """Trains through all phases, from the last checkpoint on, until done or asked to stop.
 
     What a step trains on follows from the seed and the step's number, so a run that was killed
     goes on with exactly the windows it would have seen.
@@ -54,6 +55,7 @@ def run_sft(
         seed: Seeds the order of the data.
         save_every: Steps between checkpoints.
         on_step: Called with each row.
+        asked_to_stop: Called after each step; if so, the step is saved and the run ends.
     """
     if checkpoints.latest() is not None:
         state, _ = checkpoints.restore(state)
@@ -77,8 +79,11 @@ def run_sft(
             }
             metrics.write(row)
             on_step(row)
-            if step % save_every == 0 or index + 1 == phase.steps:
+            stopping = asked_to_stop()
+            if stopping or step % save_every == 0 or index + 1 == phase.steps:
                 progress = {"phase": phase.data.name, "position": position + phase.batch}
                 checkpoints.save(state, {"data": progress, "seed": seed}, loss=logs["loss"])
+            if stopping:
+                return state
         first += phase.steps
     return state

@@ -123,6 +123,49 @@ def test_sft_is_the_same_on_every_mesh_and_resumes_a_killed_run_on_any(
         same(rows(roots[name]), rows(roots["alone"]))
 
 
+def until_under_way(root: Path, running: subprocess.Popen[str]) -> None:
+    while len(rows(root)) < 3 and running.poll() is None:
+        time.sleep(0.005)
+
+
+def test_sigterm_saves_and_the_same_command_resumes_bit_for_bit(tmp_path: Path, data: Path) -> None:
+    roots = {name: tmp_path / name for name in ("alone", "stopped")}
+    given = {
+        name: (f"data.path={data}", f"run.root={root}", "sft.steps=60", "sft.save_every=1000")
+        for name, root in roots.items()
+    }
+    (alone,) = klong_sft(*given["alone"], devices=1)
+    (stopped,) = klong_sft(*given["stopped"], devices=1)
+    until_under_way(roots["stopped"], stopped)
+    stopped.send_signal(signal.SIGTERM)
+    (code, _, err), (alone_code, _, alone_err) = finish([stopped, alone])
+    assert alone_code == 0, alone_err
+    assert (code, err) == (
+        143,
+        "stopped by SIGTERM and saved; run the same command again to resume\n",
+    )
+    done = len(rows(roots["stopped"]))
+    assert 3 <= done < 60
+    checkpoints = roots["stopped"] / "run" / "sft" / "checkpoints"
+    assert [path.name for path in checkpoints.iterdir()] == [str(done)]
+
+    ((code, _, err),) = finish(klong_sft(*given["stopped"], devices=1))
+    assert code == 0, err
+    one, other = ([row | {"seconds": 0} for row in rows(root)] for root in roots.values())
+    assert one == other
+
+
+def test_sigterm_to_one_process_stops_both_after_the_same_step(tmp_path: Path, data: Path) -> None:
+    given = (f"data.path={data}", f"run.root={tmp_path}", "sft.steps=2000", "sft.save_every=3")
+    running = klong_sft(*given, processes=2, devices=1)
+    until_under_way(tmp_path, running[0])
+    running[1].send_signal(signal.SIGTERM)
+    for code, _, err in finish(running):
+        assert code == 143, err
+    checkpoints = tmp_path / "run" / "sft" / "checkpoints"
+    assert max(int(path.name) for path in checkpoints.iterdir()) == len(rows(tmp_path))
+
+
 def test_a_mesh_that_does_not_fit_is_one_sentence(tmp_path: Path, data: Path) -> None:
     given = (f"data.path={data}", f"run.root={tmp_path}")
     for mesh, said in (
