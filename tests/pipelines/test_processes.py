@@ -128,33 +128,35 @@ def until_under_way(root: Path, running: subprocess.Popen[str]) -> None:
         time.sleep(0.005)
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_the_same_command_resumes_bit_for_bit(tmp_path: Path, data: Path) -> None:
-    roots = {name: tmp_path / name for name in ("alone", "stopped")}
+    roots = {name: tmp_path / name for name in ("stopped", "alone")}
     given = {
-        name: (f"data.path={data}", f"run.root={root}", "sft.steps=60", "sft.save_every=1000")
+        name: (f"data.path={data}", f"run.root={root}", "sft.steps=24", "sft.save_every=1000")
         for name, root in roots.items()
     }
-    (alone,) = klong_sft(*given["alone"], devices=1)
     (stopped,) = klong_sft(*given["stopped"], devices=1)
     until_under_way(roots["stopped"], stopped)
     stopped.send_signal(signal.SIGTERM)
-    (code, _, err), (alone_code, _, alone_err) = finish([stopped, alone])
-    assert alone_code == 0, alone_err
+    ((code, _, err),) = finish([stopped])
     assert (code, err) == (
         143,
         "stopped by SIGTERM and saved; run the same command again to resume\n",
     )
     done = len(rows(roots["stopped"]))
-    assert 3 <= done < 60
+    assert 3 <= done < 24
     checkpoints = roots["stopped"] / "run" / "sft" / "checkpoints"
     assert [path.name for path in checkpoints.iterdir()] == [str(done)]
 
-    ((code, _, err),) = finish(klong_sft(*given["stopped"], devices=1))
-    assert code == 0, err
+    # What is compiled already need not be compiled for the run that nothing stops.
+    shutil.copytree(roots["stopped"] / "run" / "compiled", roots["alone"] / "run" / "compiled")
+    for code, _, err in finish([klong_sft(*one, devices=1)[0] for one in given.values()]):
+        assert code == 0, err
     one, other = ([row | {"seconds": 0} for row in rows(root)] for root in roots.values())
     assert one == other
 
 
+@pytest.mark.slow
 def test_sigterm_to_one_process_stops_both_after_the_same_step(tmp_path: Path, data: Path) -> None:
     given = (f"data.path={data}", f"run.root={tmp_path}", "sft.steps=2000", "sft.save_every=3")
     running = klong_sft(*given, processes=2, devices=1)
