@@ -47,6 +47,7 @@ from klong_jax.rl.run import Collect, Refer, RlRunConfig, roll_out, run_rl
 from klong_jax.rl.stages import Position
 from klong_jax.text.tasks import load_tasks
 from klong_jax.training.accumulate import Trainer
+from klong_jax.training.average import served_params
 from klong_jax.training.batches import WindowBatch, place_batch
 from klong_jax.training.checkpoint import Checkpoints
 from klong_jax.training.metrics import MetricsLog
@@ -137,7 +138,7 @@ async def train(
             MetricsLog(folder / "metrics.jsonl", done),
             on_step=lambda row: advance(1, _remark(row)),
         )
-    return replace(policy, params=state.params)
+    return replace(policy, params=served_params(state.params, state.opt_state))
 
 
 def _collector(config: RlRunConfig, task_ids: Sequence[str], arena: Arena | None) -> Collect:

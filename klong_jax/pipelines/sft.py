@@ -38,6 +38,7 @@ from klong_jax.text.chat import Chat
 from klong_jax.text.formats import Recording, read_recordings
 from klong_jax.text.tokenizer import bundled_tokenizer, load_tokenizer
 from klong_jax.training.accumulate import Trainer
+from klong_jax.training.average import served_params
 from klong_jax.training.checkpoint import Checkpoints
 from klong_jax.training.metrics import MetricsLog
 from klong_jax.training.optimizer import make_optimizer
@@ -121,7 +122,7 @@ def train(
         )
     if preemption.agreed:
         raise Preempted
-    return replace(policy, params=state.params)
+    return replace(policy, params=served_params(state.params, state.opt_state))
 
 
 def trajectory_windows(

@@ -19,6 +19,7 @@ import orbax.checkpoint as ocp
 from klong_jax.core.errors import UserError
 from klong_jax.models.decoder import Params
 from klong_jax.training.accumulate import TrainState
+from klong_jax.training.average import Averaged
 
 # Tensorstore, which writes the arrays, says ValueError where a disk is full.
 _TENSORSTORE_CODE = re.compile(r"os_error_code='(\d+)'")
@@ -101,13 +102,12 @@ class Checkpoints:
         Raises:
             UserError: The disk refuses this save, or has refused the last.
         """
+        items = {name: ocp.args.StandardSave(_plain(part)) for name, part in _parts(state).items()}
         with self._writing():
             self._manager.save(
                 int(state.step),
                 args=ocp.args.Composite(
-                    params=ocp.args.StandardSave(_plain(state.params)),
-                    optimizer=ocp.args.StandardSave(_plain((state.opt_state, state.step))),
-                    progress=ocp.args.JsonSave({"identity": self._identity, **progress}),
+                    progress=ocp.args.JsonSave({"identity": self._identity, **progress}), **items
                 ),
                 metrics=None if loss is None else {"loss": loss},
                 # Orbax would pass over steps by rules of its own.
@@ -152,14 +152,20 @@ class Checkpoints:
             UserError: There is none, or it belongs to another model, tokenizer or optimiser.
         """
         step, progress = self._checked()
-        self._check_optimizer(step, (like.opt_state, like.step))
-        rest = self._read(step, "optimizer", (like.opt_state, like.step))
-        return TrainState(self._read(step, "params", like.params), *rest), progress
+        parts = _parts(like)
+        self._check_optimizer(step, parts)
+        read = {name: self._read(step, name, part) for name, part in parts.items()}
+        opt_state, taken = read["optimizer"]
+        if "average" in read:
+            opt_state = Averaged(opt_state, read["average"])
+        return TrainState(read["params"], opt_state, taken), progress
 
     def restore_params(
         self, like: Params, *, as_stored: bool = False, step: int | None = None
     ) -> Params:
         """Reads the parameters of a checkpoint, whatever they were trained with.
+
+        Where training kept an average of them, that is what is read.
 
         Args:
             like: Parameters, or their shapes, of the right structure.
@@ -170,9 +176,10 @@ class Checkpoints:
             UserError: There is none, or it belongs to another model or tokenizer.
         """
         step, _ = self._checked(step)
+        item = "average" if self._holds(step, "average") else "params"
         if as_stored:
-            like = self._with_stored_dtypes(step, like)
-        return self._read(step, "params", like)
+            like = self._with_stored_dtypes(step, item, like)
+        return self._read(step, item, like)
 
     def _checked(self, wanted_step: int | None = None) -> tuple[int, dict[str, Any]]:
         kept = self.steps()
@@ -196,14 +203,18 @@ class Checkpoints:
                 )
         return step, progress
 
-    def _check_optimizer(self, step: int, like: Any) -> None:
+    def _check_optimizer(self, step: int, parts: dict[str, Any]) -> None:
         stored = {name: leaf.shape for name, leaf in self._stored(step, "optimizer").items()}
-        if stored != {name: leaf.shape for name, leaf in _plain(like).items()}:
+        wanted = {name: leaf.shape for name, leaf in _plain(parts["optimizer"]).items()}
+        if stored != wanted or self._holds(step, "average") != ("average" in parts):
             raise UserError(
                 f"{self._root}: the checkpoint's optimiser holds other arrays than the one that "
-                "is set; use the settings of `optimizer` (such as kind) that it was trained with, "
-                "or another run."
+                "is set; use the settings of `optimizer` (kind, frozen, ema_decay) it was "
+                "trained with, or another run."
             )
+
+    def _holds(self, step: int, item: str) -> bool:
+        return (self._root / str(step) / item).exists()
 
     def _stored(self, step: int, item: str) -> dict[str, Any]:
         """Shapes and dtypes on disk by position."""
@@ -211,8 +222,8 @@ class Checkpoints:
         tree: dict[str, Any] = ocp.StandardCheckpointHandler().metadata(folder).tree
         return tree
 
-    def _with_stored_dtypes(self, step: int, like: Params) -> Params:
-        stored = self._stored(step, "params")
+    def _with_stored_dtypes(self, step: int, item: str, like: Params) -> Params:
+        stored = self._stored(step, item)
         leaves = [
             ocp.utils.to_shape_dtype_struct(leaf, stored[str(index)].dtype)
             for index, leaf in enumerate(jax.tree.leaves(like))
@@ -226,6 +237,14 @@ class Checkpoints:
         )[item]
         leaves = [restored[str(index)] for index in range(len(restored))]
         return jax.tree.unflatten(jax.tree.structure(like), leaves)
+
+
+def _parts(state: TrainState) -> dict[str, Any]:
+    """What is saved under which name; an average stands apart, for those who only act."""
+    optimizer, average = state.opt_state, {}
+    if isinstance(optimizer, Averaged):
+        optimizer, average = optimizer.inner, {"average": optimizer.average}
+    return {"params": state.params, "optimizer": (optimizer, state.step), **average}
 
 
 def _plain(tree: Any) -> dict[str, jax.Array]:
