@@ -122,8 +122,12 @@ async def train(
         micro_batch=section.micro_batch,
         seed=config.seed,
     )
-    with closing(checkpoints), stage(console, "progressive RL", total) as advance:
-        advance(done)
+    metrics = together(lambda: MetricsLog(folder / "metrics.jsonl", done, section.log_to))
+    with (
+        closing(checkpoints),
+        closing(metrics),
+        stage(console, "progressive RL", total, done) as advance,
+    ):
         state = await run_rl(
             shape,
             fresh_state(policy, optimizer),
@@ -135,7 +139,7 @@ async def train(
             _collector(shape, [task.task_id for task in tasks], arena),
             _reference(policy, temperature) if section.kl_beta > 0 else lambda batch: batch,
             checkpoints,
-            MetricsLog(folder / "metrics.jsonl", done),
+            metrics,
             on_step=lambda row: advance(1, _remark(row)),
         )
     return replace(policy, params=served_params(state.params, state.opt_state))

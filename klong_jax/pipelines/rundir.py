@@ -21,8 +21,12 @@ from klong_jax.pipelines.config.acting import RunSection
 from klong_jax.pipelines.config.section import Section
 
 _LOCK = ".lock"
-_CIRCUMSTANCES = {"run", "processes", "mesh", "kernels"}
-"""Sections that say where and on what a run computes, not what: they may change between starts."""
+_CIRCUMSTANCES: dict[str, bool | set[str]] = {
+    **dict.fromkeys(("run", "processes", "mesh", "kernels"), True),
+    "sft": {"save_every", "keep_last", "keep_best", "log_to"},
+    "rl": {"log_to"},
+}
+"""What says where a run computes and what it shows and keeps: it may change between starts."""
 
 
 @dataclass(frozen=True)

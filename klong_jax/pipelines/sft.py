@@ -5,6 +5,7 @@ from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 from jax.sharding import Mesh
 from rich.console import Console
 
@@ -43,6 +44,7 @@ from klong_jax.training.checkpoint import Checkpoints
 from klong_jax.training.metrics import MetricsLog
 from klong_jax.training.optimizer import make_optimizer
 from klong_jax.training.preemption import noticing_preemption
+from klong_jax.training.throughput import Meter
 
 
 def run(config: SftConfig) -> None:
@@ -98,13 +100,14 @@ def train(
         folder / "checkpoints", policy.identity, section.keep_last, section.keep_best, tidy=True
     )
     done = checkpoints.latest() or 0
-    metrics = MetricsLog(folder / "metrics.jsonl", done)
+    metrics = together(lambda: MetricsLog(folder / "metrics.jsonl", done, section.log_to))
+    kind = jax.devices()[0].device_kind
     with (
         noticing_preemption() as preemption,
         closing(checkpoints),
-        stage(console, "supervised fine-tuning", steps) as advance,
+        closing(metrics),
+        stage(console, "supervised fine-tuning", steps, done) as advance,
     ):
-        advance(done)
         state = run_sft(
             phases,
             fresh_state(policy, optimizer),
@@ -115,6 +118,7 @@ def train(
             ),
             checkpoints,
             metrics,
+            Meter.of_devices(policy.config, jax.device_count(), kind),
             seed=seed,
             save_every=section.save_every,
             on_step=lambda row: advance(1, f"{row['phase']}: loss {row['loss']:.3f}"),

@@ -10,6 +10,7 @@ from klong_jax.training.accumulate import Trainer, TrainState
 from klong_jax.training.batches import micro_batches, pad_windows
 from klong_jax.training.checkpoint import Checkpoints
 from klong_jax.training.metrics import MetricsLog
+from klong_jax.training.throughput import Meter
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ def run_sft(
     trainer: Trainer,
     checkpoints: Checkpoints,
     metrics: MetricsLog,
+    meter: Meter,
     *,
     seed: int,
     save_every: int,
@@ -52,6 +54,7 @@ def run_sft(
         trainer: Takes the optimiser steps.
         checkpoints: Where the run is saved.
         metrics: Where a row a step goes.
+        meter: Says how fast a step was.
         seed: Seeds the order of the data.
         save_every: Steps between checkpoints.
         on_step: Called with each row.
@@ -68,14 +71,17 @@ def run_sft(
             trained = sum(int(window.trained_mask.sum()) for window in windows)
             padded = pad_windows(windows, [1.0] * len(windows), phase.data.length)
             batches = micro_batches(padded, phase.micro_batch)
+            waited = time.monotonic() - started
             state, logs = trainer.step(state, batches, trained)
+            seconds = time.monotonic() - started
             step = first + index + 1
             row = {
                 "step": step,
                 "phase": phase.data.name,
                 "trained_tokens": trained,
                 **logs,
-                "seconds": time.monotonic() - started,
+                "seconds": seconds,
+                **meter.rates(windows, seconds, waited),
             }
             metrics.write(row)
             on_step(row)

@@ -14,12 +14,18 @@ import time
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
 import pytest
+
+from klong_jax.core.errors import UserError
+from klong_jax.pipelines.policy import load_policy
 
 ROOT = Path(__file__).resolve().parents[2]
 RL_WORKER = Path(__file__).with_name("rl_worker.py")
 TOLERANCE = 1e-5
 STEPS, SAVE_EVERY = 12, 4
+CLOCKED = {"seconds", "waiting_share", "trained_tokens_per_s", "trajectory_tokens_per_s"}
 SETTINGS = [
     "run.id=run",
     *(f"model.{name}" for name in ("hidden_size=16", "num_layers=2", "num_heads=4")),
@@ -74,7 +80,7 @@ def same(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> None:
     """Every number of every step, but for what the clock says."""
     assert [row["step"] for row in one] == [row["step"] for row in other]
     for left, right in zip(one, other, strict=True):
-        for name in left.keys() - {"seconds", "phase"}:
+        for name in left.keys() - {"phase"} - CLOCKED:
             assert left[name] == pytest.approx(right[name], rel=TOLERANCE, abs=1e-6), name
 
 
@@ -152,8 +158,17 @@ def test_sigterm_saves_and_the_same_command_resumes_bit_for_bit(tmp_path: Path, 
     shutil.copytree(roots["stopped"] / "run" / "compiled", roots["alone"] / "run" / "compiled")
     for code, _, err in finish([klong_sft(*one, devices=1)[0] for one in given.values()]):
         assert code == 0, err
-    one, other = ([row | {"seconds": 0} for row in rows(root)] for root in roots.values())
+    one, other = (
+        [{name: row[name] for name in row.keys() - CLOCKED} for row in rows(root)]
+        for root in roots.values()
+    )
     assert one == other
+
+    folder = roots["stopped"] / "run" / "sft"
+    earlier, last = (load_policy(path) for path in (folder / "checkpoints" / str(done), folder))
+    assert not np.array_equal(*(jax.tree.leaves(policy.params)[0] for policy in (earlier, last)))
+    with pytest.raises(UserError, match=rf"holds no checkpoint 1; choose one of {done}, 24\.$"):
+        load_policy(folder / "checkpoints" / "1")
 
 
 @pytest.mark.slow

@@ -167,6 +167,8 @@ class SftSection(Section):
     keep_best: int = Field(ge=0)
     """How many are kept beside them of those saved at the lowest loss;
     policy=FOLDER/checkpoints/STEP takes one."""
+    log_to: tuple[Literal["tensorboard", "wandb"], ...]
+    """Where metrics are shown beside metrics.jsonl; each needs the extra of its name."""
     optimizer: OptimizerSection
 
     @model_validator(mode="after")
@@ -223,6 +225,8 @@ class RlSection(Section):
     """Largest weight for samples of a policy that differs from the trained one."""
     kl_beta: float = Field(ge=0)
     """Weight of the divergence from the policy RL starts from."""
+    log_to: tuple[Literal["tensorboard", "wandb"], ...]
+    """Where metrics are shown beside metrics.jsonl; each needs the extra of its name."""
     optimizer: OptimizerSection
     stages: tuple[StageSection, ...] = Field(min_length=1)
     """The stages, shortest timeout first."""
