@@ -34,6 +34,8 @@ SETTINGS = [
     *(f"sft.steps={STEPS}", "sft.batch=4", "sft.micro_batch=2", f"sft.save_every={SAVE_EVERY}"),
     *(f"sft.optimizer.{name}" for name in ("kind=adamw", "learning_rate=0.003", "warmup_steps=2")),
 ]  # fmt: skip
+# What compiles fastest, and saves only when it must.
+SHORT = ("sft.remat=none", "model.num_layers=1", "sft.steps=24", "sft.save_every=1000")
 
 
 def start(command: list[str], devices: int, index: int = 0) -> subprocess.Popen[str]:
@@ -138,8 +140,7 @@ def until_under_way(root: Path, running: subprocess.Popen[str]) -> None:
 def test_sigterm_saves_and_the_same_command_resumes_bit_for_bit(tmp_path: Path, data: Path) -> None:
     roots = {name: tmp_path / name for name in ("stopped", "alone")}
     given = {
-        name: (f"data.path={data}", f"run.root={root}", "sft.steps=24", "sft.save_every=1000")
-        for name, root in roots.items()
+        name: (f"data.path={data}", f"run.root={root}", *SHORT) for name, root in roots.items()
     }
     (stopped,) = klong_sft(*given["stopped"], devices=1)
     until_under_way(roots["stopped"], stopped)
@@ -173,7 +174,13 @@ def test_sigterm_saves_and_the_same_command_resumes_bit_for_bit(tmp_path: Path, 
 
 @pytest.mark.slow
 def test_sigterm_to_one_process_stops_both_after_the_same_step(tmp_path: Path, data: Path) -> None:
-    given = (f"data.path={data}", f"run.root={tmp_path}", "sft.steps=2000", "sft.save_every=3")
+    given = (
+        f"data.path={data}",
+        f"run.root={tmp_path}",
+        *SHORT,
+        "sft.steps=2000",
+        "sft.save_every=3",
+    )
     running = klong_sft(*given, processes=2, devices=1)
     until_under_way(tmp_path, running[0])
     running[1].send_signal(signal.SIGTERM)
