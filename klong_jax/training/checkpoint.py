@@ -71,7 +71,8 @@ class Checkpoints:
         ]
         options = ocp.CheckpointManagerOptions(
             preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(kept),
-            best_fn=_rank,
+            # With it Orbax writes the loss down, and complains where there is none.
+            best_fn=_rank if keep_best else None,
             best_mode="min",
             cleanup_tmp_directories=tidy,
             enable_async_checkpointing=True,
