@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from klong_jax.core.errors import UserError
+from klong_jax.core.errors import Preempted, UserError
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -42,7 +42,7 @@ _EXAMPLES = """Examples:
 Settings are overridden with NAME=VALUE; `klong COMMAND --help` explains each. Their defaults are
 in configs/COMMAND.yaml and configs/profile/. A run lives in runs/ID: the same command resumes it,
 other settings get another folder, run.fresh=true starts anew. Exit status: 0 done, 2 a mistake in
-what was given (one sentence says which), 130 interrupted."""
+what was given (one sentence says which), 130 interrupted, 143 stopped by SIGTERM and saved."""
 
 _QUIET = (
     "hydra/job_logging=disabled",
@@ -73,10 +73,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     except UserError as error:
         _say(command if command in COMMANDS else "", error)
         sys.exit(2)
+    except Preempted as stopped:
+        print(f"stopped by SIGTERM and saved; {_again(stopped)}", file=sys.stderr)
+        sys.exit(143)
     except KeyboardInterrupt as interrupt:
-        # A run started with run.fresh=true tells its name: the same command would start another.
-        again = f" with {interrupt}" if str(interrupt) else ""
-        print(f"interrupted; run the same command again{again} to resume", file=sys.stderr)
+        print(f"interrupted; {_again(interrupt)}", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
         # What is done is on disk. Tearing the interpreter down while a program of the engine runs
@@ -105,6 +106,12 @@ def _say(command: str, error: UserError) -> None:
     sentence = " ".join(str(error).split())
     stop = "" if sentence.endswith((".", "?")) else "."
     print(f"klong{command and ' '}{command}: {sentence}{stop}", file=sys.stderr)
+
+
+def _again(stopped: BaseException) -> str:
+    # A run started with run.fresh=true tells its name: the same command would start another.
+    changed = f" with {stopped}" if str(stopped) else ""
+    return f"run the same command again{changed} to resume"
 
 
 def _dispatch(command: str, arguments: list[str]) -> int:

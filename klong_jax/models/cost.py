@@ -60,25 +60,27 @@ def stream_bytes(config: DecoderConfig, itemsize: int) -> int:
 
 
 def prefix_sharing_flops(
-    config: DecoderConfig, prefix: int, fresh: Sequence[int]
+    config: DecoderConfig, prefix: int, fresh: Sequence[int], *, prefix_trained: bool = True
 ) -> tuple[float, float]:
     """Operations of training on windows with a common prefix, forward and backward.
 
-    Every token's prediction is computed, and the backward pass takes twice the forward pass.
-    Nothing is counted for layers that are computed again to save memory.
+    Every token's prediction is computed, but for those of a prefix that is computed once and not
+    trained; the backward pass takes twice the forward pass. Nothing is counted for layers that are
+    computed again to save memory.
 
     Args:
         config: The decoder.
         prefix: Tokens that all windows begin with.
         fresh: Tokens of each window behind them.
+        prefix_trained: Whether any token of the prefix is trained.
 
     Returns:
         With the prefix computed in every window, and with its keys and values computed once.
     """
 
-    def both(new: int, cached: int) -> float:
-        return 3 * forward_flops(config, 1, new, cached, new)
+    def both(new: int, cached: int, predicted: int) -> float:
+        return 3 * forward_flops(config, 1, new, cached, predicted)
 
-    naive = sum(both(prefix + tokens, 0) for tokens in fresh)
-    shared = both(prefix, 0) + sum(both(tokens, prefix) for tokens in fresh)
-    return naive, shared
+    naive = sum(both(prefix + tokens, 0, prefix + tokens) for tokens in fresh)
+    once = both(prefix, 0, prefix if prefix_trained else 0)
+    return naive, once + sum(both(tokens, prefix, tokens) for tokens in fresh)

@@ -70,6 +70,8 @@ def start_processes(
     """
     if jax.distributed.is_initialized():
         return
+    # It would swallow SIGTERM and have Orbax wait for a step that training may never save.
+    jax.config.update("jax_enable_preemption_service", False)
     if place is None and _ADDRESS in environment:
         count, index = _number(environment, _COUNT), _number(environment, _INDEX)
         if not 0 <= index < count:
@@ -132,6 +134,13 @@ def together(action: Callable[[], T]) -> T:
         if failed := row.tobytes().decode(errors="replace").strip():
             raise UserError(failed)
     return done
+
+
+def any_process(said: bool) -> bool:
+    """Whether it is so on any process; a collective of a byte, which all take part in."""
+    if jax.process_count() == 1:
+        return said
+    return bool(np.any(multihost_utils.process_allgather(np.bool_(said))))
 
 
 async def settled(work: Awaitable[T]) -> Callable[[], T]:

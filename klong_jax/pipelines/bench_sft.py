@@ -68,7 +68,8 @@ def _shapes(large: bool) -> tuple[Shape, ...]:
 
 
 def _compared(model: DecoderConfig, dtypes: DTypes, shape: Shape, repeats: int) -> tuple[str, ...]:
-    naive, once = prefix_sharing_flops(model, shape.prefix, [shape.window] * shape.windows)
+    fresh = [shape.window] * shape.windows
+    naive, once = prefix_sharing_flops(model, shape.prefix, fresh, prefix_trained=False)
     for remat in _REMAT:
         try:
             bench = _Bench(model, dtypes, remat)

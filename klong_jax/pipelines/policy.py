@@ -30,6 +30,7 @@ from klong_jax.training.checkpoint import Checkpoints
 from klong_jax.training.optimizer import OptimizerConfig, make_optimizer
 
 _ORIGIN = "huggingface"
+_CHECKPOINTS = "checkpoints"
 
 
 @dataclass(frozen=True)
@@ -125,16 +126,20 @@ def describe_policy(folder: Path, policy: Policy) -> None:
 
 
 def load_policy(folder: Path, *, as_stored: bool = False, mesh: Mesh | None = None) -> Policy:
-    """Reads the latest checkpoint of a policy's folder.
+    """Reads a checkpoint of a policy's folder.
 
     Args:
-        folder: Holds model.json, tokenizer.json and checkpoints/.
+        folder: Holds model.json, tokenizer.json and checkpoints/, of which the latest is taken;
+            FOLDER/checkpoints/STEP takes that one.
         as_stored: Leave each parameter in the dtype it has on disk.
         mesh: Where its parameters go, whichever mesh wrote them; one device if not given.
 
     Raises:
         UserError: The folder is no policy's, or the checkpoint belongs to another model.
     """
+    step = None
+    if folder.parent.name == _CHECKPOINTS and folder.name.isdecimal():
+        folder, step = folder.parent.parent, int(folder.name)
     together(lambda: _check(folder))
     fields: dict[str, Any] = read_json(folder / "model.json")
     try:
@@ -156,8 +161,8 @@ def load_policy(folder: Path, *, as_stored: bool = False, mesh: Mesh | None = No
         origin if origin.is_dir() else None,
         load_dialect(folder, tokenizer),
     )
-    checkpoints = Checkpoints(folder / "checkpoints", policy.identity)
-    trained = checkpoints.restore_params(shapes, as_stored=as_stored)
+    checkpoints = Checkpoints(folder / _CHECKPOINTS, policy.identity)
+    trained = checkpoints.restore_params(shapes, as_stored=as_stored, step=step)
     checkpoints.close()
     return replace(policy, params=trained)
 

@@ -166,9 +166,10 @@ class _Recipe:
         data = tokenised_windows(
             TokenisedDataSection(path=self._demonstrations, skip_bad=False, cache=None, workers=1),
             Tokeniser(chat, self.context, self.options),
-            sft,
             self.path / "corpora",
             self.console,
+            together=sft.together,
+            shared_prefix=sft.shared_prefix,
         )
         phases.append(Phase(data, sft.steps, sft.batch, sft.micro_batch))
         policy = sft_pipeline.train(

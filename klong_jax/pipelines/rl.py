@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -47,6 +47,7 @@ from klong_jax.rl.run import Collect, RlRunConfig, roll_out, run_rl
 from klong_jax.rl.stages import Position
 from klong_jax.text.tasks import load_tasks
 from klong_jax.training.accumulate import Trainer
+from klong_jax.training.average import served_params
 from klong_jax.training.batches import Layout
 from klong_jax.training.checkpoint import Checkpoints
 from klong_jax.training.metrics import MetricsLog
@@ -109,7 +110,7 @@ async def train(
     optimizer = section.optimizer.config(0)
     numbers = RlLossConfig(section.clip, section.importance_cap, section.kl_beta, temperature)
     describe_policy(folder, policy)
-    checkpoints = Checkpoints(folder / "checkpoints", policy.identity)
+    checkpoints = Checkpoints(folder / "checkpoints", policy.identity, tidy=True)
     done = checkpoints.latest() or 0
     total = sum(s.max_steps for s in section.stages)
     shape = RlRunConfig(
@@ -120,8 +121,12 @@ async def train(
         layout=Layout(config.splitting.context_limit, section.micro_batch, section.shared_prefix),
         seed=config.seed,
     )
-    with stage(console, "progressive RL", total) as advance:
-        advance(done)
+    metrics = together(lambda: MetricsLog(folder / "metrics.jsonl", done, section.log_to))
+    with (
+        closing(checkpoints),
+        closing(metrics),
+        stage(console, "progressive RL", total, done) as advance,
+    ):
         state = await run_rl(
             shape,
             fresh_state(policy, optimizer),
@@ -135,11 +140,10 @@ async def train(
             if section.kl_beta > 0
             else lambda batch: batch,
             checkpoints,
-            MetricsLog(folder / "metrics.jsonl", done),
+            metrics,
             on_step=lambda row: advance(1, _remark(row)),
         )
-    checkpoints.close()
-    return replace(policy, params=state.params)
+    return replace(policy, params=served_params(state.params, state.opt_state))
 
 
 def _collector(config: RlRunConfig, task_ids: Sequence[str], arena: Arena | None) -> Collect:

@@ -14,15 +14,19 @@ from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
-from klong_jax.core.errors import UserError
+from klong_jax.core.errors import Preempted, UserError
 from klong_jax.core.jsonio import Json, content_hash, read_json, write_json
 from klong_jax.parallel.distributed import from_first, together
 from klong_jax.pipelines.config.acting import RunSection
 from klong_jax.pipelines.config.section import Section
 
 _LOCK = ".lock"
-_CIRCUMSTANCES = {"run", "processes", "mesh", "kernels"}
-"""Sections that say where and on what a run computes, not what: they may change between starts."""
+_CIRCUMSTANCES: dict[str, bool | set[str]] = {
+    **dict.fromkeys(("run", "processes", "mesh", "kernels"), True),
+    "sft": {"save_every", "keep_last", "keep_best", "log_to"},
+    "rl": {"log_to"},
+}
+"""What says where a run computes and what it shows and keeps: it may change between starts."""
 
 
 @dataclass(frozen=True)
@@ -72,9 +76,9 @@ def open_run(command: str, settings: Section, run: RunSection) -> Iterator[RunDi
         together(lambda: _check_shared(path))
         try:
             yield RunDir(path, path.name)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, Preempted) as stopped:
             # The same command would start yet another run.
-            raise KeyboardInterrupt(
+            raise type(stopped)(
                 f"run.id={path.name} instead of run.fresh=true" if run.fresh else ""
             ) from None
 

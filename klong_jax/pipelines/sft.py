@@ -1,12 +1,15 @@
 """`klong sft`: windows of recorded trajectories, and the training run on them."""
 
 from collections.abc import Iterable, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 from jax.sharding import Mesh
 from rich.console import Console
 
+from klong_jax.core.errors import Preempted
 from klong_jax.core.message import Message
 from klong_jax.parallel.distributed import start_processes, together
 from klong_jax.pipelines.config.commands import SftConfig
@@ -35,9 +38,12 @@ from klong_jax.splitting.policy import ContextPolicy
 from klong_jax.text.dialect import Dialect
 from klong_jax.text.tokenizer import bundled_tokenizer, load_tokenizer
 from klong_jax.training.accumulate import Trainer
+from klong_jax.training.average import served_params
 from klong_jax.training.checkpoint import Checkpoints
 from klong_jax.training.metrics import MetricsLog
 from klong_jax.training.optimizer import make_optimizer
+from klong_jax.training.preemption import noticing_preemption
+from klong_jax.training.throughput import Meter
 
 
 def run(config: SftConfig) -> None:
@@ -53,7 +59,14 @@ def run(config: SftConfig) -> None:
         tokeniser = Tokeniser(chat, config.splitting.policy(), config.splitting.options())
         cache = config.run.root / "corpora"
         data = together(
-            lambda: tokenised_windows(config.data, tokeniser, config.sft, cache, console)
+            lambda: tokenised_windows(
+                config.data,
+                tokeniser,
+                cache,
+                console,
+                together=config.sft.together,
+                shared_prefix=config.sft.shared_prefix,
+            )
         )
         phase = Phase(data, config.sft.steps, config.sft.batch, config.sft.micro_batch)
         train(folder.path / "sft", policy, [phase], config.sft, config.seed, console)
@@ -77,15 +90,26 @@ def train(
     seed: int,
     console: Console,
 ) -> Policy:
-    """Trains a policy through phases, from its last checkpoint on if there is one."""
+    """Trains a policy through phases, from its last checkpoint on if there is one.
+
+    Raises:
+        Preempted: SIGTERM was sent; the last step is saved.
+    """
     steps = sum(phase.steps for phase in phases)
     optimizer = section.optimizer.config(steps)
     describe_policy(folder, policy)
-    checkpoints = Checkpoints(folder / "checkpoints", policy.identity)
+    checkpoints = Checkpoints(
+        folder / "checkpoints", policy.identity, section.keep_last, section.keep_best, tidy=True
+    )
     done = checkpoints.latest() or 0
-    metrics = MetricsLog(folder / "metrics.jsonl", done)
-    with stage(console, "supervised fine-tuning", steps) as advance:
-        advance(done)
+    metrics = together(lambda: MetricsLog(folder / "metrics.jsonl", done, section.log_to))
+    kind = jax.devices()[0].device_kind
+    with (
+        noticing_preemption() as preemption,
+        closing(checkpoints),
+        closing(metrics),
+        stage(console, "supervised fine-tuning", steps, done) as advance,
+    ):
         state = run_sft(
             phases,
             fresh_state(policy, optimizer),
@@ -96,12 +120,15 @@ def train(
             ),
             checkpoints,
             metrics,
+            Meter.of_devices(policy.config, jax.device_count(), kind),
             seed=seed,
             save_every=section.save_every,
             on_step=lambda row: advance(1, f"{row['phase']}: loss {row['loss']:.3f}"),
+            asked_to_stop=preemption.asked,
         )
-    checkpoints.close()
-    return replace(policy, params=state.params)
+    if preemption.agreed:
+        raise Preempted
+    return replace(policy, params=served_params(state.params, state.opt_state))
 
 
 def drill_windows(

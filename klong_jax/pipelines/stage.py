@@ -25,8 +25,15 @@ class Advance(Protocol):
 
 
 @contextmanager
-def stage(console: Console, title: str, total: int) -> Iterator[Advance]:
-    """Shows progress through `total` parts; leaves one line with the time it took."""
+def stage(console: Console, title: str, total: int, done: int = 0) -> Iterator[Advance]:
+    """Shows progress through `total` parts; leaves one line with the time it took.
+
+    Args:
+        console: Where.
+        title: What is done.
+        total: How many parts there are.
+        done: How many were done before, and say nothing of how long the others take.
+    """
     started = time.monotonic()
     bar = Progress(
         TextColumn("{task.description:<24}"),
@@ -40,7 +47,7 @@ def stage(console: Console, title: str, total: int) -> Iterator[Advance]:
     )
     said = ""
     with bar:
-        task = bar.add_task(title, total=total, remark="")
+        task = bar.add_task(title, total=total, completed=done, remark="")
 
         def advance(amount: int, remark: str = "") -> None:
             nonlocal said

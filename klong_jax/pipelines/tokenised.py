@@ -4,11 +4,12 @@ import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 from rich.console import Console
 
 from klong_jax.core.jsonio import Json
-from klong_jax.pipelines.config.training import SftSection, TokenisedDataSection
+from klong_jax.pipelines.config.training import TokenisedDataSection
 from klong_jax.pipelines.dialect import dialect_identity
 from klong_jax.pipelines.split import split_recording
 from klong_jax.sft.cache import SHARD_CHARACTERS, build
@@ -65,18 +66,21 @@ class Tokeniser:
 def tokenised_windows(
     data: TokenisedDataSection,
     tokeniser: Tokeniser,
-    section: SftSection,
     cache: Path,
     console: Console,
+    *,
+    together: int = 1,
+    shared_prefix: int | Literal["auto"] = 0,
 ) -> WindowDataset:
     """The windows of recordings.
 
     Args:
         data: Where they are, and what becomes of bad ones.
         tokeniser: Tokenises them.
-        section: How many windows are trained together, and how much of them is computed once.
         cache: Folder of tokenised corpora, where the settings name none.
         console: Told what is passed over, cut and done.
+        together: Most windows of one trajectory that make a group.
+        shared_prefix: Tokens at the front of a group's windows that are computed once.
 
     Raises:
         UserError: A recording cannot be used and is not to be passed over, or the cache is spoilt.
@@ -94,13 +98,13 @@ def tokenised_windows(
                 f"tokenising {data.path}: {trajectories} trajectories, {tokens:,} tokens"
             ),
         )
-        groups = CorpusGroups(corpus, tokeniser.policy, section.together)
+        groups = CorpusGroups(corpus, tokeniser.policy, together)
     for remark in corpus.remarks[:_SHOWN_REMARKS]:
         console.print(remark, markup=False)
     if len(corpus.remarks) > _SHOWN_REMARKS:
         more = len(corpus.remarks) - _SHOWN_REMARKS
         console.print(f"... and {more} more such remarks; klong split tells of each trajectory")
-    shared = section.shared_prefix
+    shared = shared_prefix
     if shared == "auto":
         shared = best_shared(groups.prefixes(), SHARED_MULTIPLE)
     if shared:

@@ -10,6 +10,7 @@ from klong_jax.training.accumulate import Trainer, TrainState
 from klong_jax.training.batches import lay_out
 from klong_jax.training.checkpoint import Checkpoints
 from klong_jax.training.metrics import MetricsLog
+from klong_jax.training.throughput import Meter
 
 
 @dataclass(frozen=True)
@@ -35,12 +36,14 @@ def run_sft(
     trainer: Trainer,
     checkpoints: Checkpoints,
     metrics: MetricsLog,
+    meter: Meter,
     *,
     seed: int,
     save_every: int,
     on_step: Callable[[dict[str, Any]], None],
+    asked_to_stop: Callable[[], bool],
 ) -> TrainState:
-    """Trains through all phases, from the last checkpoint on if there is one.
+    """Trains through all phases, from the last checkpoint on, until done or asked to stop.
 
     What a step trains on follows from the seed and the step's number, so a run that was killed
     goes on with exactly the windows it would have seen.
@@ -51,9 +54,11 @@ def run_sft(
         trainer: Takes the optimiser steps.
         checkpoints: Where the run is saved.
         metrics: Where a row a step goes.
+        meter: Says how fast a step was.
         seed: Seeds the order of the data.
         save_every: Steps between checkpoints.
         on_step: Called with each row.
+        asked_to_stop: Called after each step; if so, the step is saved and the run ends.
     """
     if checkpoints.latest() is not None:
         state, _ = checkpoints.restore(state)
@@ -67,7 +72,9 @@ def run_sft(
             trained = sum(int(window.trained_mask.sum()) for window in windows)
             layout = phase.data.layout(phase.micro_batch)
             batches = lay_out(groups, [1.0] * len(groups), layout)
+            waited = time.monotonic() - started
             state, logs = trainer.step(state, batches, trained)
+            seconds = time.monotonic() - started
             step = first + index + 1
             row = {
                 "step": step,
@@ -75,12 +82,16 @@ def run_sft(
                 "windows": len(windows),
                 "trained_tokens": trained,
                 **logs,
-                "seconds": time.monotonic() - started,
+                "seconds": seconds,
+                **meter.rates(groups, layout, seconds, waited),
             }
             metrics.write(row)
             on_step(row)
-            if step % save_every == 0 or index + 1 == phase.steps:
+            stopping = asked_to_stop()
+            if stopping or step % save_every == 0 or index + 1 == phase.steps:
                 progress = {"phase": phase.data.name, "position": position + phase.batch}
-                checkpoints.save(state, {"data": progress, "seed": seed})
+                checkpoints.save(state, {"data": progress, "seed": seed}, loss=logs["loss"])
+            if stopping:
+                return state
         first += phase.steps
     return state

@@ -107,6 +107,10 @@ class Layout:
     shared: int = 0
     trained: bool = True
 
+    def shares(self, group: Group) -> bool:
+        """Whether a group's windows begin with what is computed once."""
+        return 0 < self.shared <= group[0].prefix_len
+
 
 def lay_out(
     groups: Sequence[Group], weights: Sequence[float], layout: Layout
@@ -114,7 +118,7 @@ def lay_out(
     """Cuts groups of windows, one weight each, into micro-batches."""
     sharing, alone = [], []
     for group, weight in zip(groups, weights, strict=True):
-        if 0 < layout.shared <= group[0].prefix_len:
+        if layout.shares(group):
             sharing.append(pad_windows(group, [weight] * len(group), layout.length))
         else:
             alone += [(window, weight) for window in group]

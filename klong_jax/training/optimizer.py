@@ -9,6 +9,9 @@ from optax import contrib
 
 from klong_jax.models.decoder import Params
 from klong_jax.models.routing import is_router_bias
+from klong_jax.training.average import with_average
+from klong_jax.training.frozen import leave_frozen
+from klong_jax.training.schedules import Schedule, make_schedule
 
 
 @dataclass(frozen=True)
@@ -19,11 +22,16 @@ class OptimizerConfig:
         kind: "muon" (Jordan 2024; matrices orthogonalised, the rest by AdamW) or "adamw".
         learning_rate: Peak rate; under Muon that of the matrices.
         warmup_steps: Steps of linear warm-up.
-        total_steps: Steps until the cosine ends at a tenth of the peak; 0 keeps the rate constant.
+        total_steps: Steps until the rate ends at a tenth of the peak; 0 keeps it constant.
         adam_ratio: Rate of the AdamW part as a share of Muon's.
         b2: Second-moment decay of AdamW.
         weight_decay: Decoupled decay.
         clip_norm: Largest global norm of the gradient.
+        schedule: How the rate goes after the warm-up; see `make_schedule`.
+        decay_share: The share of all steps over which "wsd" falls.
+        frozen: Patterns of the names of parameters that are left as they are.
+        ema_decay: What the moving average of the parameters keeps of itself at each step; 0 makes
+            none.
     """
 
     kind: Literal["muon", "adamw"] = "adamw"
@@ -34,21 +42,26 @@ class OptimizerConfig:
     b2: float = 0.95
     weight_decay: float = 0.01
     clip_norm: float = 1.0
+    schedule: Schedule = "cosine"
+    decay_share: float = 0.2
+    frozen: tuple[str, ...] = ()
+    ema_decay: float = 0.0
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Builds the optax transformation that the config names."""
+    """Builds the optax transformation that the config names.
+
+    Its `init` raises a UserError where a pattern of frozen parameters fits none, or all of them.
+    """
 
     def schedule(ratio: float) -> optax.Schedule:
-        peak = config.learning_rate * ratio
-        if config.total_steps:
-            rate = optax.schedules.warmup_cosine_decay_schedule(
-                0.0, peak, config.warmup_steps, config.total_steps, 0.1 * peak
-            )
-        else:
-            rate = optax.schedules.linear_schedule(0.0, peak, config.warmup_steps + 1)
-        # Steps count from 0, where the rate is 0: the first would train nothing.
-        return lambda step: rate(step + 1)
+        return make_schedule(
+            config.schedule,
+            config.learning_rate * ratio,
+            config.warmup_steps,
+            config.total_steps,
+            config.decay_share,
+        )
 
     if config.kind == "muon":
         update = contrib.muon(
@@ -61,9 +74,13 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
         )
     else:
         update = optax.adamw(schedule(1.0), b2=config.b2, weight_decay=config.weight_decay)
+    clip = optax.clip_by_global_norm(config.clip_norm)
     # Weight decay would pull at the routers' biases, though no gradient reaches them.
     kept = optax.masked(optax.set_to_zero(), _router_biases)
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), update, kept)
+    optimizer = optax.chain(clip, update, kept)
+    if config.frozen:
+        optimizer = leave_frozen(optimizer, config.frozen)
+    return with_average(optimizer, config.ema_decay) if config.ema_decay else optimizer
 
 
 def _router_biases(params: Params) -> Params:

@@ -14,20 +14,29 @@ import time
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
 import pytest
+
+from klong_jax.core.errors import UserError
+from klong_jax.pipelines.policy import load_policy
 
 ROOT = Path(__file__).resolve().parents[2]
 RL_WORKER = Path(__file__).with_name("rl_worker.py")
 TOLERANCE = 1e-5
 STEPS, SAVE_EVERY = 12, 4
+CLOCKED = {"seconds", "waiting_share", "trained_tokens_per_s", "trajectory_tokens_per_s"}
 SETTINGS = [
     "run.id=run",
     *(f"model.{name}" for name in ("hidden_size=16", "num_layers=2", "num_heads=4")),
     *(f"model.{name}" for name in ("num_kv_heads=2", "head_dim=8", "intermediate_size=32")),
     *("splitting.context_limit=128", "splitting.overlap=32", "splitting.reserve=24"),
     *(f"sft.steps={STEPS}", "sft.batch=4", "sft.micro_batch=2", f"sft.save_every={SAVE_EVERY}"),
+    *("sft.together=3", "sft.shared_prefix=16"),
     *(f"sft.optimizer.{name}" for name in ("kind=adamw", "learning_rate=0.003", "warmup_steps=2")),
 ]  # fmt: skip
+# What compiles fastest, and saves only when it must.
+SHORT = ("sft.remat=none", "model.num_layers=1", "sft.steps=24", "sft.save_every=1000")
 
 
 def start(command: list[str], devices: int, index: int = 0) -> subprocess.Popen[str]:
@@ -74,7 +83,7 @@ def same(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> None:
     """Every number of every step, but for what the clock says."""
     assert [row["step"] for row in one] == [row["step"] for row in other]
     for left, right in zip(one, other, strict=True):
-        for name in left.keys() - {"seconds", "phase"}:
+        for name in left.keys() - {"phase"} - CLOCKED:
             assert left[name] == pytest.approx(right[name], rel=TOLERANCE, abs=1e-6), name
 
 
@@ -121,6 +130,65 @@ def test_sft_is_the_same_on_every_mesh_and_resumes_a_killed_run_on_any(
     assert code == 0, err
     for name in ("killed", "moved"):
         same(rows(roots[name]), rows(roots["alone"]))
+
+
+def until_under_way(root: Path, running: subprocess.Popen[str]) -> None:
+    while len(rows(root)) < 3 and running.poll() is None:
+        time.sleep(0.005)
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_the_same_command_resumes_bit_for_bit(tmp_path: Path, data: Path) -> None:
+    roots = {name: tmp_path / name for name in ("stopped", "alone")}
+    given = {
+        name: (f"data.path={data}", f"run.root={root}", *SHORT) for name, root in roots.items()
+    }
+    (stopped,) = klong_sft(*given["stopped"], devices=1)
+    until_under_way(roots["stopped"], stopped)
+    stopped.send_signal(signal.SIGTERM)
+    ((code, _, err),) = finish([stopped])
+    assert (code, err) == (
+        143,
+        "stopped by SIGTERM and saved; run the same command again to resume\n",
+    )
+    done = len(rows(roots["stopped"]))
+    assert 3 <= done < 24
+    checkpoints = roots["stopped"] / "run" / "sft" / "checkpoints"
+    assert [path.name for path in checkpoints.iterdir()] == [str(done)]
+
+    # What is compiled already need not be compiled for the run that nothing stops.
+    shutil.copytree(roots["stopped"] / "run" / "compiled", roots["alone"] / "run" / "compiled")
+    for code, _, err in finish([klong_sft(*one, devices=1)[0] for one in given.values()]):
+        assert code == 0, err
+    one, other = (
+        [{name: row[name] for name in row.keys() - CLOCKED} for row in rows(root)]
+        for root in roots.values()
+    )
+    assert one == other
+
+    folder = roots["stopped"] / "run" / "sft"
+    earlier, last = (load_policy(path) for path in (folder / "checkpoints" / str(done), folder))
+    assert not np.array_equal(*(jax.tree.leaves(policy.params)[0] for policy in (earlier, last)))
+    with pytest.raises(UserError, match=rf"holds no checkpoint 1; choose one of {done}, 24\.$"):
+        load_policy(folder / "checkpoints" / "1")
+
+
+@pytest.mark.slow
+def test_sigterm_to_one_process_stops_both_after_the_same_step(tmp_path: Path, data: Path) -> None:
+    given = (
+        f"data.path={data}",
+        f"run.root={tmp_path}",
+        *SHORT,
+        "sft.steps=2000",
+        "sft.save_every=3",
+    )
+    running = klong_sft(*given, processes=2, devices=1)
+    until_under_way(tmp_path, running[0])
+    running[1].send_signal(signal.SIGTERM)
+    for code, _, err in finish(running):
+        assert code == 143, err
+    checkpoints = tmp_path / "run" / "sft" / "checkpoints"
+    assert max(int(path.name) for path in checkpoints.iterdir()) == len(rows(tmp_path))
 
 
 def test_a_mesh_that_does_not_fit_is_one_sentence(tmp_path: Path, data: Path) -> None:

@@ -44,6 +44,8 @@ def test_the_same_settings_resume_and_changed_ones_do_not_mix(tmp_path: Path) ->
     assert name(recipe(tmp_path / "elsewhere")) == first, "where a run lives is not what it is"
     moved = recipe(tmp_path, "mesh.tensor=2", "kernels.attention=reference")
     assert name(moved) == first, "nor is on what it computes"
+    shown = recipe(tmp_path, "sft.log_to=[tensorboard]", "rl.log_to=[wandb]", "sft.keep_best=3")
+    assert name(shown) == first, "nor what it shows and keeps"
 
 
 def test_fresh_takes_the_next_suffix(tmp_path: Path) -> None:

@@ -8,14 +8,16 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from klong_jax.core.message import Message
-from klong_jax.pipelines.sft import trajectory_windows
+from klong_jax.pipelines.config.training import TokenisedDataSection
 from klong_jax.pipelines.split import plan_recording
+from klong_jax.pipelines.tokenised import Tokeniser, tokenised_windows
 from klong_jax.splitting.policy import ContextPolicy
 from klong_jax.splitting.recorded import Mode, SplitOptions
 from klong_jax.text.chat import Chat
-from klong_jax.text.formats import Recording, detect, read_recordings
+from klong_jax.text.formats import Recording, detect, read_recordings, write_openai_jsonl
 from klong_jax.text.tokenizer import bundled_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -64,18 +66,30 @@ def long_recording() -> Recording:
 
 
 @pytest.mark.parametrize("mode", ["klong", "sliding_no_pin", "truncate_tail"])
-def test_training_splits_as_the_plan_says(mode: Mode) -> None:
+def test_training_splits_as_the_plan_says(mode: Mode, tmp_path: Path) -> None:
     chat, recording, options = Chat(bundled_tokenizer()), long_recording(), SplitOptions(mode=mode)
     policy = ContextPolicy(100, 20, 12)
     plan = plan_recording(chat, recording, policy, options)
-    losses: list[str] = []
-    data = trajectory_windows(chat, [recording], policy, options=options, on_loss=losses.append)
+    source = tmp_path / "one.jsonl"
+    write_openai_jsonl(source, [recording])
+    console = Console(record=True, width=200)
+    data = tokenised_windows(
+        TokenisedDataSection(path=source, skip_bad=False, cache=None, workers=1),
+        Tokeniser(chat, policy, options),
+        tmp_path / "corpora",
+        console,
+    )
     assert [(w.length, w.prefix_tokens, w.trained_tokens) for w in plan.windows] == [
-        (len(w.tokens), w.prefix_len, int(w.trained_mask.sum())) for w in data.windows
+        (len(w.tokens), w.prefix_len, int(w.trained_mask.sum()))
+        for group in data.groups
+        for w in group
     ]
+    said = console.export_text()
     assert len(plan.cut_turns) == (0 if mode == "truncate_tail" else 4)
     assert plan.dropped_turns == (4 if mode == "truncate_tail" else 0)
-    assert losses == [f"{len(plan.cut_turns)} turns cut to fit, {plan.dropped_turns} turns dropped"]
+    cut = f"4 turns are cut to fit, {plan.cut_tokens} tokens left out."
+    assert (cut in said) == (mode != "truncate_tail")
+    assert ("4 turns at the end are dropped." in said) == (mode == "truncate_tail")
 
 
 def test_the_command_writes_the_plan(tmp_path: Path) -> None:

@@ -15,9 +15,8 @@ from klong_jax.core.errors import UserError
 from klong_jax.core.trajectory import Turn
 from klong_jax.sft.cache import build
 from klong_jax.sft.corpus import TokenCorpus
+from klong_jax.sft.shards import Tokenise, Tokenised
 from klong_jax.text.formats import Recording
-
-Turns = tuple[tuple[Turn, ...], int]
 
 
 @dataclass(frozen=True)
@@ -32,10 +31,10 @@ class Characters:
     log: Path
     deadly: str = ""
 
-    def __call__(self) -> Callable[[Recording], Turns]:
+    def __call__(self) -> Tokenise:
         return self.turns
 
-    def turns(self, recording: Recording) -> Turns:
+    def turns(self, recording: Recording) -> Tokenised:
         if recording.recording_id == self.deadly:
             os.kill(os.getpid(), signal.SIGKILL)
         with self.log.open("a") as handle:
@@ -44,7 +43,7 @@ class Characters:
             raise UserError(f"{recording.source}: is refused; remove it.")
         texts = [tuple(map(ord, message.content)) for message in recording.messages]
         turns = tuple(Turn(a, b) for a, b in zip(texts[::2], texts[1::2], strict=False))
-        return turns, len(texts[0])
+        return Tokenised(turns, len(texts[0]))
 
 
 def made(

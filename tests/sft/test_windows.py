@@ -18,7 +18,7 @@ from klong_jax.core.trajectory import Turn, Window, cut_window, token_stream
 from klong_jax.sft.corpus import TokenCorpus, write_index
 from klong_jax.sft.data import windows_of
 from klong_jax.sft.sealed import write_sealed
-from klong_jax.sft.shards import NOTES, TOKENS, TURNS, open_shard, write_shard
+from klong_jax.sft.shards import NOTES, TOKENS, TURNS, Tokenised, open_shard, write_shard
 from klong_jax.sft.windows import CorpusGroups
 from klong_jax.splitting.pinning import OPENING, pinned_messages
 from klong_jax.splitting.policy import ContextPolicy, split
@@ -52,7 +52,7 @@ def test_real_recordings_give_the_windows_of_the_path_in_memory(tmp_path: Path) 
     write_shard(
         tmp_path / "00000",
         recordings,
-        lambda recording: chat.turns(recording.messages, pinned(recording)),
+        lambda recording: Tokenised(*chat.turns(recording.messages, pinned(recording))),
     )
     write_index(tmp_path, [open_shard(tmp_path / "00000")])
     policy = ContextPolicy(12_000, 1_500, 1_000)
@@ -75,7 +75,8 @@ def test_real_recordings_give_the_windows_of_the_path_in_memory(tmp_path: Path) 
 def tokenised(draw: st.DrawFn) -> tuple[tuple[Turn, ...], int]:
     """Turns of a few tokens, the first answer not silent, and a prefix that ends anywhere."""
     ids = st.lists(st.integers(0, 2**31 - 1), max_size=6).map(tuple)
-    turns = draw(st.lists(st.builds(Turn, ids, ids), min_size=1, max_size=12))
+    restart = st.sampled_from(["", "", "the template left something out"])
+    turns = draw(st.lists(st.builds(Turn, ids, ids, restart=restart), min_size=1, max_size=12))
     assume(any(turn.output_ids for turn in turns))
     total = sum(len(turn.suffix_ids) + len(turn.output_ids) for turn in turns)
     return tuple(turns), draw(st.integers(0, min(20, total)))
@@ -100,7 +101,7 @@ def test_drawn_recordings_give_the_windows_of_the_path_in_memory(
         folder = Path(name)
         parts = {"0": recordings[:1], "1": recordings[1:]}
         for part, records in parts.items():
-            write_shard(folder / part, records, lambda r: drawn[int(r.recording_id)])
+            write_shard(folder / part, records, lambda r: Tokenised(*drawn[int(r.recording_id)]))
         write_index(folder, [open_shard(folder / part) for part in parts])
         stored = CorpusGroups(TokenCorpus(folder), policy, most)
         groups = zip(stored, stored.prefixes(), strict=True)
@@ -124,17 +125,18 @@ def write_large(folder: Path, trajectories: int, tokens: int, turns: int) -> Non
     files = {}
     for name, dtype, shape in (
         (TOKENS, "<i4", (trajectories * tokens,)),
-        (TURNS, "<i8", (trajectories * turns, 2)),
+        (TURNS, "<i8", (trajectories * turns, 3)),
     ):
         array = np.lib.format.open_memmap(shard / name, "w+", dtype, shape)
         if name == TURNS:
-            array[:] = tokens // turns // 2
+            array[:] = tokens // turns // 2, tokens // turns // 2, 0
         files[name] = {"bytes": (shard / name).stat().st_size, "sha256": ""}
     notes = {
         "records": "",
         "names": [(f"r{number}", "file") for number in range(trajectories)],
         "lengths": [(turns, tokens, 1000)] * trajectories,
         "skipped": [],
+        "remarks": [],
         "files": files,
     }
     write_sealed(shard / NOTES, notes)
@@ -187,13 +189,3 @@ def test_trajectories_that_do_not_fit_are_told_or_refused(tmp_path: Path) -> Non
         CorpusGroups(corpus, ContextPolicy(60, 5, 5), 1)
     with pytest.raises(UserError, match=r"file fits into splitting\.context_limit=9"):
         CorpusGroups(corpus, ContextPolicy(9, 1, 2), 1, on_skip=told.append)
-
-
-def test_a_recording_whose_windows_begin_anew_is_skipped(tmp_path: Path) -> None:
-    messages = (Message("user", "x"), Message("assistant", "y"))
-    recording = Recording("a.jsonl:1", "a", messages)
-    turns = (Turn((1,), (2,)), Turn((3,), (4,), restart="why"))
-    write_shard(tmp_path / "00000", [recording], lambda recording: (turns, 0))
-    (sentence,) = open_shard(tmp_path / "00000").skipped
-    assert sentence.startswith("a.jsonl:1: a turn begins a new window")
-    assert "thinking=keep" in sentence

@@ -1,5 +1,7 @@
 """Checkpoints come back bit for bit, and another model's are refused by name."""
 
+import resource
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -47,6 +49,92 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     other = Checkpoints(tmp_path, {"model": "b" * 64, "tokenizer": "t"})
     with pytest.raises(UserError, match=r"belongs to another model \(aaaaaaaaaaaa"):
         other.restore(make_state(0, 0))
+
+
+def test_a_save_holds_what_the_state_was_when_it_began(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    @partial(jax.jit, donate_argnums=0)
+    def spoil(state: TrainState) -> TrainState:
+        return jax.tree.map(lambda leaf: leaf * 0 - 1, state)
+
+    checkpoints = Checkpoints(tmp_path, {})
+    for step in (1, 2, 3):
+        state = TrainState({"w": jnp.full((1000, 1000), step / 4)}, (), jnp.int32(step))
+        checkpoints.save(state, {})
+        spoiled = spoil(state)
+        assert (np.asarray(spoiled.params["w"]) == -1).all()
+        restored, _ = checkpoints.restore(spoiled)
+        assert (np.asarray(restored.params["w"]) == step / 4).all()
+    checkpoints.close()
+    assert not caplog.records, "nothing is said of what goes well"
+
+
+def test_the_latest_and_the_best_are_kept(tmp_path: Path) -> None:
+    losses = {1: 3.0, 2: 1.0, 3: 2.0, 4: float("nan"), 5: 4.0, 6: 5.0}
+    for steps in ((1, 2, 3), (4, 5, 6)):
+        checkpoints = Checkpoints(tmp_path, {}, keep=1, keep_best=2)
+        for step in steps:
+            state = TrainState({"w": jnp.full(3, step)}, (), jnp.int32(step))
+            checkpoints.save(state, {}, losses[step])
+        checkpoints.close()
+    again = Checkpoints(tmp_path, {}, keep=1, keep_best=2)
+    assert (again.steps(), again.latest()) == ([2, 3, 6], 6)
+    like = {"w": jnp.zeros(3, int)}
+    assert again.restore_params(like)["w"][0] == 6
+    assert again.restore_params(like, step=2)["w"][0] == 2
+    with pytest.raises(UserError, match=r"holds no checkpoint 5; choose one of 2, 3, 6\.$"):
+        again.restore_params(like, step=5)
+
+
+def test_another_optimiser_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, {})
+    checkpoints.save(make_state(0, 1), {})
+    params = make_state(0, 0).params
+    other = init_state(params, make_optimizer(OptimizerConfig("adamw", 1e-2)))
+    with pytest.raises(UserError, match=rf"^{tmp_path}: .* optimiser .*`optimizer`"):
+        checkpoints.restore(other)
+    assert checkpoints.restore_params(params)
+    checkpoints.close()
+
+
+def test_what_a_cut_off_save_left_is_neither_read_nor_kept(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, {})
+    checkpoints.save(make_state(0, 1), {})
+    checkpoints.close()
+    half = tmp_path / "2.orbax-checkpoint-tmp"
+    half.mkdir()
+    (half / "params").mkdir()
+    reading = Checkpoints(tmp_path, {})
+    assert reading.latest() == 1
+    reading.close()
+    assert half.exists(), "another process may be writing it"
+    writing = Checkpoints(tmp_path, {}, tidy=True)
+    writing.save(make_state(0, 2), {})
+    writing.close()
+    assert {path.name for path in tmp_path.iterdir()} >= {"1", "2"}
+    assert not half.exists()
+
+
+def test_a_write_that_fails_behind_the_scenes_is_said_at_the_next_call(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    checkpoints = Checkpoints(tmp_path, {})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    rng = np.random.default_rng(0)
+    params = {"w": jnp.asarray(rng.random((300, 1000), np.float32))}
+    checkpoints.save(TrainState(params, (), jnp.int32(1)), {})
+    checkpoints.close()
+    checkpoints = Checkpoints(tmp_path, {})
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        checkpoints.save(TrainState(params, (), jnp.int32(2)), {})
+        with pytest.raises(UserError, match=r"cannot be written \(File too large\); free"):
+            checkpoints.save(TrainState(params, (), jnp.int32(3)), {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert Checkpoints(tmp_path, {}).latest() == 1
+    assert not [record for record in caplog.records if record.exc_info]
 
 
 def test_an_empty_folder_and_an_impossible_one_are_named(tmp_path: Path) -> None:

@@ -147,10 +147,20 @@ class OptimizerSection(Section):
     """Peak learning rate; under muon that of the matrices."""
     warmup_steps: int = Field(ge=0)
     """Steps until the peak."""
+    schedule: Literal["cosine", "constant", "linear", "wsd"]
+    """After it: cosine and linear fall to a tenth of the peak, wsd stays and falls at the end,
+    constant stays."""
+    decay_share: float = Field(gt=0, le=1)
+    """The share of all steps over which wsd falls."""
     weight_decay: float = Field(ge=0)
     """Decoupled weight decay."""
     clip_norm: float = Field(gt=0)
     """Largest norm of the gradient."""
+    frozen: tuple[str, ...]
+    """Parameters that are not trained, by name, such as embedding or blocks.*.scale."""
+    ema_decay: float = Field(ge=0, lt=1)
+    """What a moving average of the parameters keeps of itself at each step; it is then what the
+    trained policy acts with. 0 makes none."""
 
     def config(self, total_steps: int) -> "OptimizerConfig":
         """The optimiser's config; total_steps=0 keeps the rate constant after the warm-up."""
@@ -164,6 +174,10 @@ class OptimizerSection(Section):
             total_steps=total_steps,
             weight_decay=self.weight_decay,
             clip_norm=self.clip_norm,
+            schedule=self.schedule,
+            decay_share=self.decay_share,
+            frozen=self.frozen,
+            ema_decay=self.ema_decay,
         )
 
 
@@ -203,6 +217,13 @@ class SftSection(Section):
     """What a step moves the routers' biases by to even out the load of experts; 0 leaves them."""
     save_every: int = Field(gt=0)
     """Steps between checkpoints."""
+    keep_last: int = Field(gt=0)
+    """How many of the latest checkpoints are kept; training resumes from the last."""
+    keep_best: int = Field(ge=0)
+    """How many are kept beside them of those saved at the lowest loss;
+    policy=FOLDER/checkpoints/STEP takes one."""
+    log_to: tuple[Literal["tensorboard", "wandb"], ...]
+    """Where metrics are shown beside metrics.jsonl; each needs the extra of its name."""
     optimizer: OptimizerSection
 
     @model_validator(mode="after")
@@ -216,9 +237,18 @@ class SftSection(Section):
 
     @model_validator(mode="after")
     def _warms_up(self) -> "SftSection":
-        if self.optimizer.warmup_steps >= self.steps:
+        optimizer = self.optimizer
+        if optimizer.schedule == "wsd":
+            stays = self.steps - round(optimizer.decay_share * self.steps)
+            if optimizer.warmup_steps > stays:
+                raise UserError(
+                    f"sft.optimizer.decay_share={optimizer.decay_share}: leaves {stays} of "
+                    f"sft.steps={self.steps} for the {optimizer.warmup_steps} warm-up steps; make "
+                    "it smaller."
+                )
+        if optimizer.warmup_steps >= self.steps:
             raise UserError(
-                f"sft.optimizer.warmup_steps={self.optimizer.warmup_steps}: leaves nothing of "
+                f"sft.optimizer.warmup_steps={optimizer.warmup_steps}: leaves nothing of "
                 f"sft.steps={self.steps}; make it smaller."
             )
         return self
@@ -276,12 +306,19 @@ class RlSection(Section):
     """Largest weight for samples of a policy that differs from the trained one."""
     kl_beta: float = Field(ge=0)
     """Weight of the divergence from the policy RL starts from."""
+    log_to: tuple[Literal["tensorboard", "wandb"], ...]
+    """Where metrics are shown beside metrics.jsonl; each needs the extra of its name."""
     optimizer: OptimizerSection
     stages: tuple[StageSection, ...] = Field(min_length=1)
     """The stages, shortest timeout first."""
 
     @model_validator(mode="after")
     def _progressive(self) -> "RlSection":
+        if self.optimizer.schedule != "constant":
+            raise UserError(
+                f"rl.optimizer.schedule={self.optimizer.schedule}: how many steps RL takes is "
+                "known when it ends; use constant."
+            )
         check_stages(self.timeline())
         return self
 

@@ -1,0 +1,103 @@
+"""How fast a step was, from what it did and how long that took."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from klong_jax.core.trajectory import Window
+from klong_jax.models.config import DecoderConfig
+from klong_jax.models.cost import forward_flops, prefix_sharing_flops
+from klong_jax.parallel.topology import CHIPS
+from klong_jax.training.batches import Group, Layout
+
+# Dense bf16 operations a second by the names that JAX gives devices. NVIDIA's are of the data
+# sheets of the SXM parts.
+_PEAK_FLOPS = {
+    "TPU v4": CHIPS["v4"].flops,
+    "TPU v5 lite": CHIPS["v5e"].flops,
+    "TPU v5e": CHIPS["v5e"].flops,
+    "TPU v5": CHIPS["v5p"].flops,
+    "TPU v5p": CHIPS["v5p"].flops,
+    "TPU v6 lite": CHIPS["v6e"].flops,
+    "TPU v6e": CHIPS["v6e"].flops,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+}
+
+
+@dataclass(frozen=True)
+class Meter:
+    """Measures the steps of one run.
+
+    Attributes:
+        model: The decoder's numbers.
+        devices: How many devices work on a step.
+        peak_flops: Operations a second of one of them at most; None if that is not known.
+    """
+
+    model: DecoderConfig
+    devices: int
+    peak_flops: float | None
+
+    @classmethod
+    def of_devices(cls, model: DecoderConfig, devices: int, kind: str) -> "Meter":
+        """A meter for so many devices of a kind, such as "TPU v5p"."""
+        return cls(model, devices, _PEAK_FLOPS.get(kind))
+
+    def rates(
+        self, groups: Sequence[Group], layout: Layout, seconds: float, waited: float
+    ) -> dict[str, float]:
+        """What a step on groups of windows says of its speed.
+
+        Args:
+            groups: What was trained on.
+            layout: What of them was computed once.
+            seconds: How long the step took.
+            waited: Seconds of them in which there was no data to work on.
+
+        Returns:
+            `trained_tokens_per_s`; `trajectory_tokens_per_s`, in which what a window repeats of
+            the one before it does not count; `waiting_share` of the time; and, where the peak is
+            known, `mfu`: counted operations, without padding or what rematerialisation repeats, as
+            a share of the peak.
+        """
+        windows = [window for group in groups for window in group]
+        trained = sum(int(window.trained_mask.sum()) for window in windows)
+        rates = {
+            "trained_tokens_per_s": trained / seconds,
+            "trajectory_tokens_per_s": sum(map(fresh_tokens, windows)) / seconds,
+            "waiting_share": waited / seconds,
+        }
+        if self.peak_flops is not None:
+            done = step_flops(self.model, groups, layout)
+            rates["mfu"] = done / seconds / (self.devices * self.peak_flops)
+        return rates
+
+
+def step_flops(model: DecoderConfig, groups: Sequence[Group], layout: Layout) -> float:
+    """Operations of the forward and backward pass over groups of windows.
+
+    A backward pass takes two of a forward pass; attention counts only pairs that see each other.
+    """
+    total = 0.0
+    for group in groups:
+        lengths = [len(window.tokens) for window in group]
+        if layout.shares(group):
+            fresh = [length - layout.shared for length in lengths]
+            _, done = prefix_sharing_flops(
+                model, layout.shared, fresh, prefix_trained=layout.trained
+            )
+            total += done
+        else:
+            total += sum(3 * forward_flops(model, 1, length, 0, length) for length in lengths)
+    return total
+
+
+def fresh_tokens(window: Window) -> int:
+    """Tokens by which a window takes its trajectory further.
+
+    All of a first window; of a later one those from its first trained token on.
+    """
+    if window.index == 0:
+        return len(window.tokens)
+    first = int(window.trained_mask.argmax())
+    return len(window.tokens) - first if window.trained_mask[first] else 0
