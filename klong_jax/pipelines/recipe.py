@@ -164,10 +164,14 @@ class _Recipe:
                 rows = math.ceil(section.batch / calls)
                 phases.append(Phase(data, section.steps, section.batch, rows))
         data = tokenised_windows(
-            TokenisedDataSection(path=self._demonstrations, skip_bad=False, cache=None, workers=1),
+            TokenisedDataSection(
+                path=self._demonstrations, skip_bad=False, mix=(), cache=None, workers=1
+            ),
             Tokeniser(chat, self.context, self.options),
             self.path / "corpora",
             self.console,
+            draws=sft.steps * sft.batch,
+            seed=self.config.seed,
             together=sft.together,
             shared_prefix=sft.shared_prefix,
         )

@@ -64,6 +64,8 @@ def run(config: SftConfig) -> None:
                 tokeniser,
                 cache,
                 console,
+                draws=config.sft.steps * config.sft.batch,
+                seed=config.seed,
                 together=config.sft.together,
                 shared_prefix=config.sft.shared_prefix,
             )

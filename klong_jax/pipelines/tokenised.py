@@ -13,7 +13,9 @@ from klong_jax.pipelines.config.training import TokenisedDataSection
 from klong_jax.pipelines.dialect import dialect_identity
 from klong_jax.pipelines.split import split_recording
 from klong_jax.sft.cache import SHARD_CHARACTERS, build
-from klong_jax.sft.data import WindowDataset, best_shared
+from klong_jax.sft.corpus import TokenCorpus
+from klong_jax.sft.data import Joined, WindowDataset, best_shared
+from klong_jax.sft.mixture import Mixture, Source
 from klong_jax.sft.shards import Tokenise, Tokenised
 from klong_jax.sft.windows import CorpusGroups
 from klong_jax.splitting.policy import ContextPolicy
@@ -69,6 +71,8 @@ def tokenised_windows(
     cache: Path,
     console: Console,
     *,
+    draws: int,
+    seed: int,
     together: int = 1,
     shared_prefix: int | Literal["auto"] = 0,
 ) -> WindowDataset:
@@ -79,43 +83,74 @@ def tokenised_windows(
         tokeniser: Tokenises them.
         cache: Folder of tokenised corpora, where the settings name none.
         console: Told what is passed over, cut and done.
+        draws: Groups that training takes, for the weights of a mixture.
+        seed: Seeds the order of a mixture.
         together: Most windows of one trajectory that make a group.
         shared_prefix: Tokens at the front of a group's windows that are computed once.
 
     Raises:
-        UserError: A recording cannot be used and is not to be passed over, or the cache is spoilt.
+        UserError: A recording cannot be used and is not to be passed over, the cache is spoilt, or
+            the mixture contradicts itself.
     """
-    with console.status(f"tokenising {data.path}") as status:
+    paths = [data.path, *(source.path for source in data.mix)]
+    parts = [
+        CorpusGroups(_corpus(path, data, tokeniser, cache, console), tokeniser.policy, together)
+        for path in paths
+    ]
+    mixture = None
+    if data.mix:
+        first = Source(str(data.path), len(parts[0]), weight=1.0)
+        others = [
+            Source(str(source.path), len(part), source.weight, source.epochs)
+            for source, part in zip(data.mix, parts[1:], strict=True)
+        ]
+        mixture = Mixture([first, *others], draws, seed)
+    prefixes = [prefix for part in parts for prefix in part.prefixes()]
+    shared = shared_prefix
+    if shared == "auto":
+        shared = best_shared(prefixes, SHARED_MULTIPLE)
+    if shared:
+        sharing = sum(prefix_len >= shared for prefix_len, _ in prefixes)
+        console.print(
+            f"{sharing} of {len(prefixes)} groups of windows compute {shared} tokens of their "
+            "pinned prefix once",
+            markup=False,
+        )
+    return WindowDataset(
+        name="trajectories",
+        groups=Joined(parts),
+        length=tokeniser.policy.limit,
+        shared=shared,
+        prefix_trained=bool(shared) and any(part.trains_before(shared) for part in parts),
+        mixture=mixture,
+    )
+
+
+def _corpus(
+    path: Path, data: TokenisedDataSection, tokeniser: Tokeniser, cache: Path, console: Console
+) -> TokenCorpus:
+    with console.status(f"tokenising {path}") as status:
         corpus = build(
             data.cache or cache,
-            data.path,
+            path,
             tokeniser.recipe,
             tokeniser,
-            workers=data.workers or _workers(data.path),
+            workers=data.workers or _workers(path),
             skip_bad=data.skip_bad,
             on_skip=lambda why: console.print(f"skipped: {why}", style="yellow", markup=False),
             on_progress=lambda trajectories, tokens: status.update(
-                f"tokenising {data.path}: {trajectories} trajectories, {tokens:,} tokens"
+                f"tokenising {path}: {trajectories} trajectories, {tokens:,} tokens"
             ),
         )
-        groups = CorpusGroups(corpus, tokeniser.policy, together)
+    console.print(
+        f"{path}: {len(corpus)} trajectories, {corpus.total_tokens:,} tokens", markup=False
+    )
     for remark in corpus.remarks[:_SHOWN_REMARKS]:
         console.print(remark, markup=False)
     if len(corpus.remarks) > _SHOWN_REMARKS:
         more = len(corpus.remarks) - _SHOWN_REMARKS
         console.print(f"... and {more} more such remarks; klong split tells of each trajectory")
-    shared = shared_prefix
-    if shared == "auto":
-        shared = best_shared(groups.prefixes(), SHARED_MULTIPLE)
-    if shared:
-        sharing = sum(prefix_len >= shared for prefix_len, _ in groups.prefixes())
-        console.print(
-            f"{sharing} of {len(groups)} groups of windows compute {shared} tokens of their pinned "
-            "prefix once",
-            markup=False,
-        )
-    trained = bool(shared) and groups.trains_before(shared)
-    return WindowDataset("trajectories", groups, tokeniser.policy.limit, shared, trained)
+    return corpus
 
 
 def _workers(source: Path) -> int:

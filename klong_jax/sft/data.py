@@ -1,15 +1,19 @@
 """Datasets of windows, read in a shuffled order that follows from seed and position alone."""
 
+from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
+from typing import Any
 
 import numpy as np
 
 from klong_jax.core.errors import UserError
 from klong_jax.core.message import Message
 from klong_jax.core.trajectory import Window
+from klong_jax.sft.mixture import Mixture
 from klong_jax.sft.recorded import split_messages
 from klong_jax.splitting.policy import ContextPolicy
 from klong_jax.text.dialect import Dialect
@@ -26,6 +30,8 @@ class WindowDataset:
         length: Tokens a window is padded to.
         shared: Tokens at the front of a group's windows that are computed once; 0 for none.
         prefix_trained: Whether any of these tokens is trained.
+        mixture: In which order groups of several sources are drawn, whose groups stand end to end;
+            of one source, each epoch has an order of its own.
     """
 
     name: str
@@ -33,6 +39,7 @@ class WindowDataset:
     length: int
     shared: int = 0
     prefix_trained: bool = True
+    mixture: Mixture | None = None
 
     def __post_init__(self) -> None:
         if not self.groups:
@@ -43,16 +50,19 @@ class WindowDataset:
         return Layout(self.length, rows, self.shared, self.prefix_trained)
 
     def batch(self, position: int, size: int, seed: int) -> list[Group]:
-        """The groups from `position` on, each epoch in an order of its own.
+        """The groups from `position` on.
 
         Nothing is kept between calls: the position is all a checkpoint has to remember.
         """
-        count = len(self.groups)
-        chosen = []
-        for place in range(position, position + size):
-            epoch, index = divmod(place, count)
-            chosen.append(self.groups[_order(count, seed, epoch)[index]])
-        return chosen
+        return [self.groups[self._at(place, seed)] for place in range(position, position + size)]
+
+    def _at(self, place: int, seed: int) -> int:
+        if self.mixture is not None:
+            draw = self.mixture.at(place)
+            before = self.mixture.sources[: draw.source]
+            return sum(source.size for source in before) + draw.index
+        epoch, index = divmod(place, len(self.groups))
+        return _order(len(self.groups), seed, epoch)[index]
 
 
 @lru_cache(4)
@@ -61,10 +71,21 @@ def _order(count: int, seed: int, epoch: int) -> list[int]:
     return order
 
 
-def grouped(windows: Sequence[Window], most: int) -> Iterator[Group]:
-    """Cuts the windows of one trajectory into groups of up to `most` neighbours."""
-    for start in range(0, len(windows), most):
-        yield tuple(windows[start : start + most])
+class Joined(Sequence[Group]):
+    """Sequences of groups end to end."""
+
+    def __init__(self, parts: Sequence[Sequence[Group]]) -> None:
+        self._parts = parts
+        self._first = [0, *accumulate(map(len, parts))]
+
+    def __len__(self) -> int:
+        return self._first[-1]
+
+    def __getitem__(self, number: Any) -> Any:
+        if not 0 <= number < len(self):
+            raise IndexError(f"group {number} of {len(self)}")
+        part = bisect_right(self._first, number) - 1
+        return self._parts[part][number - self._first[part]]
 
 
 def best_shared(prefixes: Iterable[tuple[int, int]], multiple: int) -> int:

@@ -32,7 +32,6 @@ SETTINGS = [
     *(f"model.{name}" for name in ("num_kv_heads=2", "head_dim=8", "intermediate_size=32")),
     *("splitting.context_limit=128", "splitting.overlap=32", "splitting.reserve=24"),
     *(f"sft.steps={STEPS}", "sft.batch=4", "sft.micro_batch=2", f"sft.save_every={SAVE_EVERY}"),
-    *("sft.together=3", "sft.shared_prefix=16"),
     *(f"sft.optimizer.{name}" for name in ("kind=adamw", "learning_rate=0.003", "warmup_steps=2")),
 ]  # fmt: skip
 # What compiles fastest, and saves only when it must.
@@ -212,7 +211,7 @@ def test_what_one_process_lacks_ends_both_in_one_sentence(tmp_path: Path, data: 
     ]
     for code, _, err in finish(running):
         assert code == 2, err
-        assert "klong sft: /nowhere: no such file" in err
+        assert "klong sft: /nowhere: cannot be read (No such file" in err
     assert not rows(tmp_path)
 
 

@@ -74,10 +74,12 @@ def test_training_splits_as_the_plan_says(mode: Mode, tmp_path: Path) -> None:
     write_openai_jsonl(source, [recording])
     console = Console(record=True, width=200)
     data = tokenised_windows(
-        TokenisedDataSection(path=source, skip_bad=False, cache=None, workers=1),
+        TokenisedDataSection(path=source, skip_bad=False, mix=(), cache=None, workers=1),
         Tokeniser(chat, policy, options),
         tmp_path / "corpora",
         console,
+        draws=1,
+        seed=0,
     )
     assert [(w.length, w.prefix_tokens, w.trained_tokens) for w in plan.windows] == [
         (len(w.tokens), w.prefix_len, int(w.trained_mask.sum()))

@@ -6,7 +6,8 @@ import pytest
 from klong_jax.core.errors import UserError
 from klong_jax.core.message import Message
 from klong_jax.core.trajectory import Window
-from klong_jax.sft.data import WindowDataset, windows_of
+from klong_jax.sft.data import Joined, WindowDataset, windows_of
+from klong_jax.sft.mixture import Mixture, Source
 from klong_jax.splitting.policy import ContextPolicy
 from klong_jax.text.chat import Chat
 from klong_jax.text.tokenizer import train_tokenizer
@@ -44,3 +45,16 @@ def test_a_prefix_that_does_not_fit_names_the_recording() -> None:
 def test_no_windows_is_an_error() -> None:
     with pytest.raises(UserError, match="holds no windows"):
         WindowDataset("empty", (), 1)
+
+
+def test_a_mixture_draws_from_all_of_its_sources() -> None:
+    one, other = dataset(6).groups, dataset(3).groups
+    mixture = Mixture([Source("a", 6, weight=1.0), Source("b", 3, epochs=2)], 18, seed=0)
+    data = WindowDataset("mixed", Joined([one, other]), 1, mixture=mixture)
+    drawn = [data.batch(position, 3, seed=0) for position in range(0, 18, 3)]
+    flat = [group for batch in drawn for group in batch]
+    for number, groups in ((2, one), (2, other)):
+        assert all(sum(group is drawn_one for drawn_one in flat) == number for group in groups)
+    assert data.batch(6, 3, seed=0) == drawn[2]
+    with pytest.raises(IndexError):
+        data.groups[9]

@@ -128,8 +128,23 @@ class DataSection(Section):
     """Pass over records that cannot be read instead of stopping at the first."""
 
 
+class MixedSection(Section):
+    """Recordings that are mixed in."""
+
+    path: Path
+    """A file of recordings."""
+    weight: float | None = None
+    """How often it is drawn, where data.path is drawn once."""
+    epochs: float | None = None
+    """Instead, how often each of its groups of windows is drawn in all."""
+
+
 class TokenisedDataSection(DataSection):
     """Recorded trajectories that are tokenised once and kept on disk."""
+
+    mix: tuple[MixedSection, ...]
+    """Recordings mixed in with those of data.path, each with a weight beside its 1 or with epochs,
+    as in [{path:chat.jsonl,weight:0.5},{path:code.jsonl,epochs:2}]."""
 
     cache: Path | None
     """Folder of tokenised corpora, found again by what they depend on; null is corpora in the
