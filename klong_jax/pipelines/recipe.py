@@ -165,7 +165,12 @@ class _Recipe:
                 phases.append(Phase(data, section.steps, section.batch, rows))
         data = tokenised_windows(
             TokenisedDataSection(
-                path=self._demonstrations, skip_bad=False, mix=(), cache=None, workers=1
+                path=self._demonstrations,
+                skip_bad=False,
+                mix=(),
+                heldout=None,
+                cache=None,
+                workers=1,
             ),
             Tokeniser(chat, self.context, self.options),
             self.path / "corpora",

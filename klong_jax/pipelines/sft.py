@@ -30,8 +30,9 @@ from klong_jax.pipelines.process import (
 )
 from klong_jax.pipelines.rundir import open_run
 from klong_jax.pipelines.stage import stage
-from klong_jax.pipelines.tokenised import Tokeniser, tokenised_windows
+from klong_jax.pipelines.tokenised import Tokeniser, heldout_windows, tokenised_windows
 from klong_jax.sft.data import WindowDataset, windows_of
+from klong_jax.sft.heldout import HeldOut
 from klong_jax.sft.loss import sft_loss
 from klong_jax.sft.run import Phase, run_sft
 from klong_jax.splitting.policy import ContextPolicy
@@ -70,8 +71,9 @@ def run(config: SftConfig) -> None:
                 shared_prefix=config.sft.shared_prefix,
             )
         )
+        judges = together(lambda: heldout_windows(config.data, tokeniser, cache, console))
         phase = Phase(data, config.sft.steps, config.sft.batch, config.sft.micro_batch)
-        train(folder.path / "sft", policy, [phase], config.sft, config.seed, console)
+        train(folder.path / "sft", policy, [phase], config.sft, config.seed, console, judges)
         console.print(f"policy in {folder.path / 'sft'}", markup=False)
 
 
@@ -91,6 +93,7 @@ def train(
     section: SftSection,
     seed: int,
     console: Console,
+    heldout: WindowDataset | None = None,
 ) -> Policy:
     """Trains a policy through phases, from its last checkpoint on if there is one.
 
@@ -106,6 +109,7 @@ def train(
     done = checkpoints.latest() or 0
     metrics = together(lambda: MetricsLog(folder / "metrics.jsonl", done, section.log_to))
     kind = jax.devices()[0].device_kind
+    loss = sft_loss(policy.graph, remat=section.remat)
     with (
         noticing_preemption() as preemption,
         closing(checkpoints),
@@ -115,11 +119,7 @@ def train(
         state = run_sft(
             phases,
             fresh_state(policy, optimizer),
-            Trainer(
-                sft_loss(policy.graph, remat=section.remat),
-                make_optimizer(optimizer),
-                section.router_bias_rate,
-            ),
+            Trainer(loss, make_optimizer(optimizer), section.router_bias_rate),
             checkpoints,
             metrics,
             Meter.of_devices(policy.config, jax.device_count(), kind),
@@ -127,6 +127,7 @@ def train(
             save_every=section.save_every,
             on_step=lambda row: advance(1, f"{row['phase']}: loss {row['loss']:.3f}"),
             asked_to_stop=preemption.asked,
+            heldout=HeldOut(heldout, loss, section.micro_batch) if heldout else None,
         )
     if preemption.agreed:
         raise Preempted

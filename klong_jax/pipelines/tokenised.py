@@ -1,6 +1,7 @@
 """Recordings as `klong sft` trains on them: tokenised once, kept on disk, and read from there."""
 
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -124,6 +125,21 @@ def tokenised_windows(
         prefix_trained=bool(shared) and any(part.trains_before(shared) for part in parts),
         mixture=mixture,
     )
+
+
+def heldout_windows(
+    data: TokenisedDataSection, tokeniser: Tokeniser, cache: Path, console: Console
+) -> WindowDataset | None:
+    """The windows of the recordings that are not trained on, a trajectory a group, if any are.
+
+    Raises:
+        UserError: As `tokenised_windows`.
+    """
+    if data.heldout is None:
+        return None
+    corpus = _corpus(data.heldout, data, tokeniser, cache, console)
+    groups = CorpusGroups(corpus, tokeniser.policy, sys.maxsize)
+    return WindowDataset("held out", groups, tokeniser.policy.limit)
 
 
 def _corpus(

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from klong_jax.sft.data import WindowDataset
+from klong_jax.sft.heldout import HeldOut
 from klong_jax.training.accumulate import Trainer, TrainState
+from klong_jax.training.average import served_params
 from klong_jax.training.batches import lay_out
 from klong_jax.training.checkpoint import Checkpoints
 from klong_jax.training.metrics import MetricsLog
@@ -42,6 +44,7 @@ def run_sft(
     save_every: int,
     on_step: Callable[[dict[str, Any]], None],
     asked_to_stop: Callable[[], bool],
+    heldout: HeldOut | None = None,
 ) -> TrainState:
     """Trains through all phases, from the last checkpoint on, until done or asked to stop.
 
@@ -59,6 +62,7 @@ def run_sft(
         save_every: Steps between checkpoints.
         on_step: Called with each row.
         asked_to_stop: Called after each step; if so, the step is saved and the run ends.
+        heldout: What the policy is judged by at each checkpoint; if None, by its last batch.
     """
     if checkpoints.latest() is not None:
         state, _ = checkpoints.restore(state)
@@ -76,21 +80,29 @@ def run_sft(
             state, logs = trainer.step(state, batches, trained)
             seconds = time.monotonic() - started
             step = first + index + 1
+            saving = step % save_every == 0 or index + 1 == phase.steps
+            judged = (
+                heldout.losses(served_params(state.params, state.opt_state))
+                if heldout and saving
+                else {}
+            )
             row = {
                 "step": step,
                 "phase": phase.data.name,
                 "windows": len(windows),
                 "trained_tokens": trained,
                 **logs,
+                **judged,
                 "seconds": seconds,
                 **meter.rates(groups, layout, seconds, waited),
             }
             metrics.write(row)
             on_step(row)
             stopping = asked_to_stop()
-            if stopping or step % save_every == 0 or index + 1 == phase.steps:
+            if stopping or saving:
                 progress = {"phase": phase.data.name, "position": position + phase.batch}
-                checkpoints.save(state, {"data": progress, "seed": seed}, loss=logs["loss"])
+                loss = judged.get("heldout_loss") if heldout else logs["loss"]
+                checkpoints.save(state, {"data": progress, "seed": seed}, loss=loss)
             if stopping:
                 return state
         first += phase.steps

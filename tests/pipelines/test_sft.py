@@ -91,7 +91,7 @@ def test_training_on_real_recordings_with_the_prefix_once_and_whole(
     shutil.rmtree(index.parent)
 
 
-def test_a_mixture_is_trained(tmp_path: Path) -> None:
+def test_a_mixture_is_trained_and_the_best_by_held_out_loss_kept(tmp_path: Path) -> None:
     paths = []
     for name, count in (("long", 3), ("chat", 8)):
         paths.append(tmp_path / f"{name}.jsonl")
@@ -103,11 +103,22 @@ def test_a_mixture_is_trained(tmp_path: Path) -> None:
                     {"role": "assistant", "content": said},
                 ]
                 lines.write(json.dumps({"messages": messages}) + "\n")
-    given = (f"data.path={paths[0]}", f"data.mix=[{{path:{paths[1]},epochs:1}}]", "sft.batch=4")
-    done = sft(tmp_path / "runs", *given, "sft.steps=5", "splitting.context_limit=600")
+    given = (
+        *(f"data.path={paths[0]}", f"data.mix=[{{path:{paths[1]},epochs:1}}]"),
+        *(f"data.heldout={paths[1]}", "splitting.context_limit=600"),
+        *("sft.batch=4", "sft.steps=6", "sft.save_every=1", "sft.keep_last=1", "sft.keep_best=2"),
+    )
+    done = sft(tmp_path / "runs", *given)
     assert done.returncode == 0, done.stderr
-    assert [row["windows"] for row in rows(tmp_path / "runs")] == [4] * 5
+    made = rows(tmp_path / "runs")
+    assert [row["windows"] for row in made] == [4] * 6
     assert len(list((tmp_path / "runs" / "corpora").iterdir())) == 2
+    best = sorted(made, key=lambda row: row["heldout_loss"])[:2]
+    kept = (tmp_path / "runs" / "run" / "sft" / "checkpoints").iterdir()
+    assert {int(path.name) for path in kept if path.name.isdecimal()} == {
+        6,
+        *(row["step"] for row in best),
+    }
 
 
 def test_what_cannot_be_trained_is_one_sentence(tmp_path: Path) -> None:

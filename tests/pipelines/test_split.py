@@ -74,7 +74,9 @@ def test_training_splits_as_the_plan_says(mode: Mode, tmp_path: Path) -> None:
     write_openai_jsonl(source, [recording])
     console = Console(record=True, width=200)
     data = tokenised_windows(
-        TokenisedDataSection(path=source, skip_bad=False, mix=(), cache=None, workers=1),
+        TokenisedDataSection(
+            path=source, skip_bad=False, mix=(), heldout=None, cache=None, workers=1
+        ),
         Tokeniser(chat, policy, options),
         tmp_path / "corpora",
         console,

@@ -146,6 +146,9 @@ class TokenisedDataSection(DataSection):
     """Recordings mixed in with those of data.path, each with a weight beside its 1 or with epochs,
     as in [{path:chat.jsonl,weight:0.5},{path:code.jsonl,epochs:2}]."""
 
+    heldout: Path | None
+    """A file of recordings that are not trained on: their loss is taken at each checkpoint, and
+    chooses what sft.keep_best keeps."""
     cache: Path | None
     """Folder of tokenised corpora, found again by what they depend on; null is corpora in the
     folder of runs."""
