@@ -1,6 +1,7 @@
 """A process of the RL test: `klong rl`'s training on meshes, with rollouts that are made up.
 
-Arguments: a folder, "--process COORDINATOR INDEX" for one of two processes, and meshes as JSON.
+Arguments: a folder, "--process COORDINATOR INDEX" for one of two processes, and meshes as JSON, with
+the tokens of a prefix that windows share as "shared".
 """
 
 import asyncio
@@ -81,13 +82,13 @@ def made_up_arena(folder: Path) -> Any:
     return SimpleNamespace(queue=queue, play=play)
 
 
-def learn(root: Path, shape: MeshShape) -> None:
+def learn(root: Path, shape: MeshShape, shared: int = 0) -> None:
     several = jax.process_count() > 1
     name = f"{jax.process_count()}-processes" if several else f"{shape.devices}-devices"
     folder = root / name / "run"
     folder.mkdir(parents=True, exist_ok=True)
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
-        config = validate("rl", compose("rl", SETTINGS))
+        config = validate("rl", compose("rl", [*SETTINGS, f"rl.shared_prefix={shared}"]))
     assert isinstance(config, RlConfig)
     mesh = make_mesh(shape, jax.devices()[: shape.devices])
     policy = new_policy(MODEL, TOKENIZER, 0, mesh)
@@ -102,8 +103,9 @@ def main() -> None:
     if rest[0] == "--process":
         _, coordinator, index, *rest = rest
         start_processes(Place(coordinator, 2, int(index)))
-    for mesh in rest:
-        learn(Path(folder), MeshShape(**json.loads(mesh)))
+    for given in map(json.loads, rest):
+        shared = given.pop("shared", 0)
+        learn(Path(folder), MeshShape(**given), shared)
 
 
 if __name__ == "__main__":
