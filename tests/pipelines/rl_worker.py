@@ -1,7 +1,7 @@
 """A process of the RL test: `klong rl`'s training on meshes, with rollouts that are made up.
 
-Arguments: a folder, "--process COORDINATOR INDEX" for one of two processes, and meshes as JSON, with
-the tokens of a prefix that windows share as "shared".
+Arguments: a folder, "--process COORDINATOR INDEX" for one of two processes, and meshes as JSON,
+with the tokens of a prefix that windows share as "shared".
 """
 
 import asyncio
