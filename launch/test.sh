@@ -16,5 +16,6 @@ ruff check
 ruff format --check
 mypy
 lint-imports
-# A file stays in one process; more than a few of them would only wait for memory and services.
-pytest --numprocesses auto --maxprocesses 4 --dist loadfile "$@"
+# A file stays in one process, and the files in their order: the longest is first. More than a few
+# processes would only wait for memory and services.
+pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder "$@"

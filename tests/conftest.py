@@ -21,6 +21,12 @@ if not Path("/dev/nvidia0").exists():
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 _MEASURED = "measured"
+_LONGEST = "test_recipe.py"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest file comes first: begun last, it would be waited for alone."""
+    items.sort(key=lambda item: item.path.name != _LONGEST)
 
 
 @pytest.fixture
