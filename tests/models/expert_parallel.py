@@ -33,9 +33,9 @@ MESHES = (
 def loss_and_loads(params: object, tokens: jax.Array) -> tuple:
     def loss(params: object) -> tuple:
         decoder = nnx.merge(GRAPH, params)
-        hidden, loads = decoder.apply_with_loads(tokens)
-        logprobs = jax.nn.log_softmax(hidden @ decoder.output_embedding.T)
-        return -jnp.take_along_axis(logprobs, tokens[..., None], -1).mean(), loads
+        out = decoder.forward(tokens)
+        logprobs = jax.nn.log_softmax(out.hidden @ decoder.output_embedding.T)
+        return -jnp.take_along_axis(logprobs, tokens[..., None], -1).mean(), out.loads
 
     return jax.value_and_grad(loss, has_aux=True)(params)
 
