@@ -75,7 +75,9 @@ class WindowLoss:
             trained: Whether any of them is trained; if not, none is predicted.
         """
         decoder: Decoder = nnx.merge(self.graph, params)
-        out = decoder.forward(jnp.asarray(prefix.tokens), keep=True, remat=self.remat)
+        tokens = jnp.asarray(prefix.tokens)
+        real = jnp.broadcast_to(jnp.asarray(prefix.weight)[:, None] != 0, tokens.shape)
+        out = decoder.forward(tokens, keep=True, remat=self.remat, counted=real)
         assert out.cache is not None
         asked = out.hidden, decoder.output_embedding, next_tokens(prefix)
         if trained:

@@ -19,16 +19,12 @@ TOLERANCE = 1e-5
 
 # Model, mesh, and tokens of a prefix that windows share; None trains single windows.
 CASES: list[tuple[str, dict[str, int], int | None]] = [
-    ("dense", {"fsdp": 8}, None),
     ("dense", {"data": 2, "fsdp": 4}, None),
     ("dense", {"fsdp": 4, "tensor": 2}, None),
     ("dense", {"context": 4, "fsdp": 2}, None),
     ("dense", {"data": 2, "fsdp": 2, "tensor": 2}, None),
-    ("dense", {"data": 2, "context": 2, "tensor": 2}, None),
     ("mixture", {"fsdp": 8}, None),
     ("mixture", {"expert": 4, "fsdp": 2}, None),
-    ("mixture", {"context": 4, "fsdp": 2}, None),
-    ("mixture", {"expert": 2, "context": 2, "tensor": 2}, None),
     ("dense", {"fsdp": 8}, 16),
     ("dense", {"data": 2, "context": 2, "tensor": 2}, 16),
     ("mixture", {"context": 4, "fsdp": 2}, 16),
@@ -105,7 +101,7 @@ def test_two_processes_equal_one_and_each_restores_the_others_checkpoint(
     tmp_path: Path, measured: Note
 ) -> None:
     mesh = {"fsdp": 4, "context": 2}
-    cases = [("mixture", mesh, None), ("mixture", mesh, 16)]
+    cases = [("mixture", mesh, 16)]
     folder = str(tmp_path / "checkpoints")
     first, second = work({"cases": cases, "save": [folder, mesh]}, processes=2)
     ((*ones, restored),) = work({"cases": cases, "restore": [folder, {"expert": 4, "tensor": 2}]})

@@ -42,8 +42,8 @@ def test_training_steps_are_timed_whole_and_with_the_prefix_once() -> None:
     done = klong("bench", "what=sft", "repeats=1")
     assert done.returncode == 0, done.stderr
     rows = [line.split() for line in done.stdout.splitlines() if line.strip()[:1].isdigit()]
-    assert [row[:3] for row in rows if len(row) == 11] == [["128", "384", "4"], ["256", "256", "4"]]
-    assert [row[0] for row in rows if len(row) == 5] == ["1", "4", "16"]
+    assert [row[:3] for row in rows if len(row) == 11] == [["64", "192", "4"], ["128", "128", "4"]]
+    assert [row[0] for row in rows if len(row) == 5] == ["1", "2", "4"]
 
 
 def test_an_unknown_backend_is_named() -> None:

@@ -99,7 +99,7 @@ def test_the_smoke_profile_learns(tmp_path: Path) -> None:
     """What the README promises of `launch/local.sh`."""
     # Compiled as users' runs are, not as tests.
     env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    folder = run(tmp_path, "profile=smoke", "seed=0", timeout=1400, env=env)
+    folder = run(tmp_path, "profile=smoke", "seed=0", timeout=2400, env=env)
     evals = json.loads((folder / "report.json").read_text())["evals"]
     mean = {
         policy: sum(row["score"] for row in rows) / len(rows)

@@ -23,7 +23,7 @@ SETTINGS = (
         "sft.optimizer.warmup_steps=1",
     ),
     *("splitting.context_limit=2560", "splitting.overlap=256", "splitting.reserve=256"),
-    *("sft.batch=1", "sft.together=6", "sft.remat=none"),
+    *("sft.batch=1", "sft.together=4", "sft.remat=none"),
 )
 
 
@@ -63,7 +63,7 @@ def test_training_on_real_recordings_with_the_prefix_once_and_whole(
 ) -> None:
     corpora = tmp_path / "corpora"
     given = (f"data.path={recordings}", f"tokenizer.path={tokenizer}", f"data.cache={corpora}")
-    done = sft(tmp_path / "once", *given, "sft.steps=7")
+    done = sft(tmp_path / "once", *given, "sft.steps=6")
     assert done.returncode == 0, done.stderr
     assert "groups of windows compute 1536 tokens of their pinned prefix once" in done.stdout
     once = rows(tmp_path / "once")
