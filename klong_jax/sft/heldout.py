@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jaxtyping import Array, Float
 
 from klong_jax.core.trajectory import Window
@@ -40,15 +41,15 @@ class HeldOut:
 
         The second is missing where no trajectory is longer than a window.
         """
-        totals = {False: [0.0, 0.0], True: [0.0, 0.0]}
+        early, late = np.zeros(2), np.zeros(2)
         for group in self._data.groups:
             half = -(-len(group) // 2)
-            for late, windows in ((False, group[:half]), (True, group[half:])):
-                for name, value in enumerate(self._sums(params, windows)):
-                    totals[late][name] += value
-        losses = {"heldout_loss": _ratio(*map(sum, zip(*totals.values(), strict=True)))}
-        if totals[True][1]:
-            losses["heldout_late_loss"] = _ratio(*totals[True])
+            early += self._sums(params, group[:half])
+            late += self._sums(params, group[half:])
+        total, count = early + late
+        losses = {"heldout_loss": float(total / count)}
+        if late[1]:
+            losses["heldout_late_loss"] = float(late[0] / late[1])
         return losses
 
     def _sums(self, params: Params, windows: Sequence[Window]) -> tuple[float, float]:
@@ -60,7 +61,3 @@ class HeldOut:
         total = sum(float(self._summed(params, batch)) for batch in batches)
         # Nothing predicts a first token.
         return total, float(padded.trained[:, 1:].sum())
-
-
-def _ratio(total: float, count: float) -> float:
-    return total / count
