@@ -3,6 +3,7 @@
 #
 #   launch/sandbox_image.sh [--force]
 #
+# The image has a whole python3: what serves inside a sandbox needs its json and ctypes.
 # Needs root (debootstrap) only when the tarball is not cached yet. Variables:
 #   KLONG_IMAGE   name of the image            (klong/base:bookworm)
 #   KLONG_CACHE   where the tarball is kept    (~/.cache/klong)
@@ -11,12 +12,13 @@ set -eu
 
 image=${KLONG_IMAGE:-klong/base:bookworm}
 cache=${KLONG_CACHE:-$HOME/.cache/klong}
-tarball=$cache/sandbox-base-bookworm.tar
+tarball=$cache/sandbox-python-bookworm.tar
 force=${1:-}
 
 say() { echo "sandbox_image: $*" >&2; }
 
-if [ "$force" != --force ] && docker image inspect "$image" >/dev/null 2>&1; then
+if [ "$force" != --force ] &&
+    docker run --rm --network none "$image" python3 -c 'import ctypes, json' >/dev/null 2>&1; then
     say "$image is there already"
     exit 0
 fi
@@ -29,7 +31,7 @@ if [ "$force" = --force ] || [ ! -s "$tarball" ]; then
     work=$(mktemp -d)
     trap 'rm -rf "$work"' EXIT
     say "bootstrapping Debian bookworm from ${mirror:=http://deb.debian.org/debian}"
-    debootstrap --variant=minbase --include=python3-minimal,ca-certificates \
+    debootstrap --variant=minbase --include=python3,ca-certificates \
         bookworm "$work/root" "$mirror" >"$work/log" 2>&1 || { tail -n 20 "$work/log" >&2; exit 1; }
     # Package caches and documents are half of the size and nobody reads them in a sandbox.
     rm -rf "$work/root/var/cache/apt" "$work/root/var/lib/apt/lists" "$work/root/usr/share/doc" \
