@@ -18,12 +18,14 @@ MB = 1_000_000
 Isolation = Literal["bubblewrap", "none", "docker"]
 
 _ID = re.compile(r"sb-[a-z0-9]{8,40}")
+_SESSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 _STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 _Text = Annotated[str, Field(pattern=r"^[^\x00]*$")]
 _Name = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 Env = Mapping[_Name, _Text]
+_Operation = Annotated[str, Field(pattern=r"^[A-Za-z0-9-]{8,64}$")]
 
 
 def new_id() -> str:
@@ -43,6 +45,24 @@ def check_id(sandbox_id: str) -> None:
         )
 
 
+def new_operation() -> str:
+    """A fresh operation id."""
+    return f"op-{secrets.token_hex(8)}"
+
+
+def check_session(name: str) -> None:
+    """Refuses what is no name of a session.
+
+    Raises:
+        SandboxRefused: it is not of letters, digits and `_.-`, or too long.
+    """
+    if not _SESSION.fullmatch(name):
+        raise SandboxRefused(
+            f"session {name!r}: a name is of up to 64 letters, digits and '_.-', "
+            "a letter or digit first."
+        )
+
+
 @dataclass(frozen=True)
 class Limits:
     """What one sandbox may use."""
@@ -57,7 +77,7 @@ class Limits:
     """Processes and threads alive at once, the sandbox's own few included."""
     files_mb: Annotated[int, Field(ge=1)] = 1024
     """Megabytes of the largest file a command may write, and of the largest transfer."""
-    output_bytes: Annotated[int, Field(ge=256)] = 262_144
+    output_bytes: Annotated[int, Field(ge=256, le=16_777_216)] = 262_144
     """Bytes kept of each of stdout and stderr; the middle of a longer output is left out."""
 
 
@@ -108,6 +128,10 @@ class ExecRequest:
         stdin: Text given on standard input.
         output_bytes: Bytes kept of each stream; None takes the sandbox's limit, and may only
             be smaller than it.
+        operation: Chosen by a caller that will ask again if it gets no answer: the command then
+            runs once however often it asks, is not ended by a broken connection, and its result
+            is kept until acknowledged. None: the command ends with its caller's connection.
+        acknowledge: Operations whose results have arrived.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = _STRICT
@@ -118,6 +142,47 @@ class ExecRequest:
     env: Env = field(default_factory=dict)
     stdin: str = ""
     output_bytes: Annotated[int, Field(ge=256)] | None = None
+    operation: _Operation | None = None
+    acknowledge: tuple[_Operation, ...] = ()
+
+
+@dataclass(frozen=True)
+class SessionRequest:
+    """A shell that lives between commands.
+
+    Attributes:
+        cwd: Directory relative to the workspace that it starts in.
+        env: Variables on top of the sandbox's.
+        operation: As in `ExecRequest`.
+        acknowledge: As in `ExecRequest`.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+
+    cwd: str = "."
+    env: Env = field(default_factory=dict)
+    operation: _Operation | None = None
+    acknowledge: tuple[_Operation, ...] = ()
+
+
+@dataclass(frozen=True)
+class RunRequest:
+    """One command of a session.
+
+    Attributes:
+        command: Shell text; its directory, variables and jobs last.
+        timeout_s: Seconds until what it started is killed, and the shell if that does not
+            bring it back.
+        operation: As in `ExecRequest`.
+        acknowledge: As in `ExecRequest`.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+
+    command: _Text
+    timeout_s: Annotated[float, Field(gt=0)] = 60.0
+    operation: _Operation | None = None
+    acknowledge: tuple[_Operation, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -143,9 +208,21 @@ class ExecResult:
     stderr_bytes: int
 
 
+@dataclass(frozen=True)
+class SessionResult(ExecResult):
+    """How a command of a session ended.
+
+    Attributes:
+        ended: Whether the session ended with it: it left the shell, or the shell had to be killed.
+    """
+
+    ended: bool
+
+
 T = TypeVar("T")
 _ADAPTERS: dict[type[Any], TypeAdapter[Any]] = {
-    cls: TypeAdapter(cls) for cls in (SandboxSpec, SandboxInfo, ExecRequest, ExecResult)
+    cls: TypeAdapter(cls)
+    for cls in (SandboxSpec, SandboxInfo, ExecRequest, SessionRequest, RunRequest)
 }
 
 

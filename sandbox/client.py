@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import io
 import json
+import secrets
 import tarfile
 from collections.abc import Mapping
 from types import TracebackType
@@ -17,9 +19,14 @@ from sandbox.api import (
     ExecRequest,
     ExecResult,
     Limits,
+    RunRequest,
     SandboxInfo,
     SandboxSpec,
+    SessionRequest,
+    SessionResult,
+    check_session,
     new_id,
+    new_operation,
     parse,
     to_json,
 )
@@ -28,7 +35,9 @@ from sandbox.errors import (
     SandboxError,
     SandboxFileMissing,
     SandboxGone,
+    SandboxLost,
     SandboxRefused,
+    SandboxSessionEnded,
     SandboxTooLarge,
     SandboxUnauthorised,
     SandboxUnavailable,
@@ -43,16 +52,23 @@ __all__ = [
     "SandboxFileMissing",
     "SandboxGone",
     "SandboxInfo",
+    "SandboxLost",
     "SandboxRefused",
+    "SandboxSessionEnded",
     "SandboxSpec",
     "SandboxTooLarge",
     "SandboxUnauthorised",
     "SandboxUnavailable",
+    "Session",
+    "SessionResult",
     "tar_of",
 ]
 
 # Past a command's own deadline: time to kill it and to answer.
 _GRACE_S = 60.0
+
+# Between two tries to reach a service that is expected back.
+_RETRY_S = 0.1
 
 
 class SandboxClient:
@@ -62,9 +78,20 @@ class SandboxClient:
     sandbox that is no more, `SandboxUnavailable` when the service does not answer.
     """
 
-    def __init__(self, base_url: str, token: str | None = None) -> None:
-        """Describes the service; nothing connects before the first request."""
+    def __init__(
+        self, base_url: str, token: str | None = None, *, reconnect_s: float = 0.0
+    ) -> None:
+        """Describes the service; nothing connects before the first request.
+
+        Args:
+            base_url: Where it serves.
+            token: Bearer token that it asks for.
+            reconnect_s: Seconds to go on asking for the result of a command when the service
+                does not answer: one that was killed and started again still has it. At 0 a
+                command ends with its connection.
+        """
         self.base_url = base_url.rstrip("/")
+        self._reconnect_s = reconnect_s
         self._headers = {} if token is None else {"Authorization": f"Bearer {token}"}
         self._session: aiohttp.ClientSession | None = None
 
@@ -151,6 +178,41 @@ class SandboxClient:
             raise _error(response.status, data)
         return data
 
+    async def _command(
+        self,
+        method: str,
+        path: str,
+        request: ExecRequest | SessionRequest | RunRequest,
+        sandbox: Sandbox,
+        *,
+        timeout_s: float,
+    ) -> bytes:
+        """Sends a command; asks again for its result if this client reconnects."""
+        if self._reconnect_s <= 0:
+            body = json.dumps(to_json(request)).encode()
+            return await self._request(method, path, body, timeout_s=timeout_s)
+        operation, arrived = new_operation(), tuple(sandbox._arrived)
+        request = dataclasses.replace(request, operation=operation, acknowledge=arrived)
+        body = json.dumps(to_json(request)).encode()
+        loop = asyncio.get_running_loop()
+        answered_at = loop.time()
+        while True:
+            try:
+                answer = await self._request(method, path, body, timeout_s=timeout_s)
+            except SandboxUnavailable:
+                if loop.time() > answered_at + self._reconnect_s:
+                    raise
+                await asyncio.sleep(_RETRY_S)
+            except asyncio.CancelledError:
+                with contextlib.suppress(SandboxError):
+                    undo = f"{sandbox._path}/operations/{operation}"
+                    await asyncio.shield(self._request("DELETE", undo, timeout_s=_GRACE_S))
+                raise
+            else:
+                sandbox._arrived = [o for o in sandbox._arrived if o not in arrived]
+                sandbox._arrived.append(operation)
+                return answer
+
 
 class Sandbox:
     """One sandbox; leaving its `async with` removes it."""
@@ -160,6 +222,8 @@ class Sandbox:
         self.info = info
         self._client = client
         self._path = f"/sandboxes/{info.id}"
+        # Operations whose results are here and still kept by the sandbox.
+        self._arrived: list[str] = []
 
     @property
     def id(self) -> str:
@@ -210,14 +274,30 @@ class Sandbox:
             stdin=stdin,
             output_bytes=output_bytes,
         )
-        answer = await self._client._request(
-            "POST",
-            f"{self._path}/exec",
-            json.dumps(to_json(request)).encode(),
-            timeout_s=timeout_s + _GRACE_S,
+        answer = await self._client._command(
+            "POST", f"{self._path}/exec", request, self, timeout_s=timeout_s + _GRACE_S
         )
         # The service is trusted and this is the hot path: no validation.
         return ExecResult(**json.loads(answer))
+
+    async def session(
+        self, name: str | None = None, *, cwd: str = ".", env: Mapping[str, str] | None = None
+    ) -> Session:
+        """Starts a shell that keeps its directory, variables and jobs between commands.
+
+        Args:
+            name: Of the session, for `attach_session`; None chooses one.
+            cwd: Directory relative to the workspace that it starts in.
+            env: Variables on top of the sandbox's.
+        """
+        session = Session(self, name or f"s-{secrets.token_hex(6)}")
+        request = SessionRequest(cwd=cwd, env=env or {})
+        await self._client._command("PUT", session._path, request, self, timeout_s=_GRACE_S)
+        return session
+
+    def attach_session(self, name: str) -> Session:
+        """A session that was started earlier, perhaps by another process."""
+        return Session(self, name)
 
     async def write(self, path: str, data: bytes | str) -> None:
         """Replaces one file, with the directories above it; text is written as UTF-8."""
@@ -245,6 +325,54 @@ class Sandbox:
     async def close(self) -> None:
         """Removes the sandbox; one already gone is no error."""
         await self._client._request("DELETE", self._path)
+
+
+class Session:
+    """One shell in a sandbox; leaving its `async with` ends it with all that runs in it."""
+
+    def __init__(self, sandbox: Sandbox, name: str) -> None:
+        """Wraps a session that exists."""
+        check_session(name)
+        self.name = name
+        self._sandbox = sandbox
+        self._path = f"{sandbox._path}/sessions/{name}"
+
+    async def __aenter__(self) -> Self:
+        """The session itself."""
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Ends the session."""
+        await self.close()
+
+    async def run(self, command: str, *, timeout_s: float = 60.0) -> SessionResult:
+        """Runs a command in the shell; its directory, variables and background jobs last.
+
+        Args:
+            command: Shell text; its standard input is empty.
+            timeout_s: Seconds until what it started is killed; the result then says `timed_out`,
+                and `ended` if the shell had to be killed with it.
+
+        Raises:
+            SandboxSessionEnded: the shell has ended, or was never started.
+        """
+        answer = await self._sandbox._client._command(
+            "POST",
+            self._path,
+            RunRequest(command=command, timeout_s=timeout_s),
+            self._sandbox,
+            timeout_s=timeout_s + _GRACE_S,
+        )
+        return SessionResult(**json.loads(answer))
+
+    async def close(self) -> None:
+        """Ends the session; one already over is no error."""
+        await self._sandbox._client._request("DELETE", self._path)
 
 
 def tar_of(files: Mapping[str, bytes | str]) -> bytes:

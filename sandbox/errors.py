@@ -50,6 +50,19 @@ class SandboxGone(SandboxError):
     status = 410
 
 
+class SandboxLost(SandboxGone):
+    """The sandbox ended by a fault, its own or the host's, not because anyone closed it."""
+
+    kind = "lost"
+
+
+class SandboxSessionEnded(SandboxError):
+    """The sandbox exists and has no such session, or its shell has ended."""
+
+    kind = "session_ended"
+    status = 404
+
+
 class SandboxUnavailable(SandboxError):
     """The service or its backend cannot be reached now; trying again later may help."""
 
@@ -64,6 +77,8 @@ _CLASSES: tuple[type[SandboxError], ...] = (
     SandboxUnauthorised,
     SandboxFileMissing,
     SandboxGone,
+    SandboxLost,
+    SandboxSessionEnded,
     SandboxUnavailable,
 )
 BY_KIND: dict[str, type[SandboxError]] = {cls.kind: cls for cls in _CLASSES}

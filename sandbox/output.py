@@ -1,4 +1,7 @@
-"""Keeps the head and the tail of a stream in bounded memory and counts the rest."""
+"""Keeps the head and the tail of a stream in bounded memory and counts the rest.
+
+Standard library only and Python 3.9: the agent carries this module into the sandbox.
+"""
 
 from __future__ import annotations
 
@@ -26,11 +29,17 @@ class HeadTail:
         if len(self._tail) > 2 * self._tail_size:
             del self._tail[: -self._tail_size]
 
-    def text(self) -> str:
-        """What was kept, as text, with a marker line where bytes were left out."""
-        tail = self._tail[-self._tail_size :]
-        left_out = self.total - len(self._head) - len(tail)
-        if left_out == 0:
-            return (self._head + tail).decode("utf-8", "replace")
-        marker = f"\n[... {left_out} bytes left out ...]\n"
-        return self._head.decode("utf-8", "replace") + marker + tail.decode("utf-8", "replace")
+    def take(self) -> tuple[bytes, bytes, int]:
+        """Head, tail and the number of bytes fed; begins anew."""
+        kept = bytes(self._head), bytes(self._tail[-self._tail_size :]), self.total
+        self._head, self._tail, self.total = bytearray(), bytearray(), 0
+        return kept
+
+
+def text_of(head: bytes, tail: bytes, total: int) -> str:
+    """What was kept, as text, with a marker line where bytes were left out."""
+    left_out = total - len(head) - len(tail)
+    if left_out == 0:
+        return (head + tail).decode("utf-8", "replace")
+    marker = f"\n[... {left_out} bytes left out ...]\n"
+    return head.decode("utf-8", "replace") + marker + tail.decode("utf-8", "replace")

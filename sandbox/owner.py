@@ -3,18 +3,25 @@
     STATE_DIR/<pid>-<start time>/<sandbox id>/...
 
 A service is named by its process id and the kernel's start time of that process, so a reused
-id is not mistaken for it. Its directory outlives it only when it was killed.
+id is not mistaken for it. Its directory outlives it only when it was killed. A durable service's
+sandboxes outlive it too, and the next durable service takes the directory over as it is.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
-from sandbox.errors import SandboxUnavailable
+from sandbox.api import SandboxInfo, parse, to_json
+from sandbox.errors import SandboxRefused, SandboxUnavailable
+
+_DURABLE, _RECORD = "durable", "record.json"
 
 
 def default_state_dir() -> Path:
@@ -44,7 +51,45 @@ def is_alive(owner: str) -> bool:
     return pid.isdigit() and start_time(int(pid)) == started
 
 
-def claim(state_dir: Path) -> Path:
+@dataclass(frozen=True)
+class Record:
+    """What a later service must know of a sandbox to adopt or to reap it.
+
+    Attributes:
+        info: The sandbox as its callers see it.
+        pid: Process on this host that lives as long as the sandbox; 0 before it is there.
+        started: Start time of that process, as `start_time` gives it.
+        uid: User that owns its files and processes alone, or None.
+    """
+
+    info: SandboxInfo
+    pid: int = 0
+    started: str = ""
+    uid: int | None = None
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the sandbox still runs."""
+        return self.pid > 0 and start_time(self.pid) == self.started
+
+    def write(self, box: Path) -> None:
+        """Replaces the record in a sandbox's directory."""
+        fields = {"pid": self.pid, "started": self.started, "uid": self.uid}
+        text = json.dumps({"info": to_json(self.info), **fields})
+        part = box / f"{_RECORD}.part"
+        part.write_text(text)
+        part.replace(box / _RECORD)
+
+    @staticmethod
+    def read(box: Path) -> Record | None:
+        """The record in a sandbox's directory, or None if its making had not come so far."""
+        with suppress(OSError, ValueError, KeyError, SandboxRefused):
+            fields = json.loads((box / _RECORD).read_text())
+            return Record(parse(SandboxInfo, json.dumps(fields.pop("info"))), **fields)
+        return None
+
+
+def claim(state_dir: Path, *, durable: bool = False) -> Path:
     """Makes and returns this service's own directory in `state_dir`.
 
     One process may run several services, so the name ends in a random part.
@@ -66,17 +111,38 @@ def claim(state_dir: Path) -> Path:
                     f"{parent} is closed to other users, whom sandboxes run as; "
                     f"choose another --state-dir than {state_dir}."
                 )
-    own = state_dir / f"{this_process()}-{secrets.token_hex(4)}"
+    own = state_dir / _own_name()
     own.mkdir()
     own.chmod(0o711)
+    if durable:
+        (own / _DURABLE).touch()
     return own
 
 
+def is_durable(own: Path) -> bool:
+    """Whether the sandboxes in a service's directory are meant to outlive it."""
+    return (own / _DURABLE).exists()
+
+
+def take_over(dead: Path) -> Path:
+    """Makes a dead service's directory this service's, too; what is mounted from it stays so."""
+    return dead.rename(dead.with_name(_own_name()))
+
+
+def _own_name() -> str:
+    return f"{this_process()}-{secrets.token_hex(4)}"
+
+
 def make_box_directory(own: Path, sandbox_id: str, uid: int | None) -> Path:
-    """Makes the directory of a sandbox: `workspace`, `tmp` and `home`, given to user `uid`."""
+    """Makes the directory of a sandbox: `workspace`, `tmp` and `home`, given to user `uid`.
+
+    `line`, where the agent finds the service's socket, stays this process's own.
+    """
     box = own / sandbox_id
     box.mkdir()
     box.chmod(0o711)
+    (box / "line").mkdir()
+    (box / "line").chmod(0o711)
     for name in ("workspace", "tmp", "home"):
         (box / name).mkdir()
         (box / name).chmod(0o700)

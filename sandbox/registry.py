@@ -5,11 +5,21 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from sandbox.api import ExecRequest, ExecResult, SandboxInfo, SandboxSpec, check_id
+from sandbox.api import (
+    ExecRequest,
+    ExecResult,
+    RunRequest,
+    SandboxInfo,
+    SandboxSpec,
+    SessionRequest,
+    SessionResult,
+    check_id,
+    check_session,
+)
 from sandbox.backends.base import Backend, Box
 from sandbox.errors import SandboxError, SandboxGone, SandboxRefused, SandboxUnavailable
 from sandbox.workspace import Workspace
@@ -46,6 +56,11 @@ class Registry:
         self._forbidden: dict[str, None] = {}
         self._shut = False
 
+    async def start(self) -> None:
+        """Starts the backend; the sandboxes that it adopts are kept from now on."""
+        for box in await self.backend.start():
+            self._keep(box)
+
     async def create(self, sandbox_id: str, spec: SandboxSpec) -> SandboxInfo:
         """Makes a sandbox that expires after the spec's lifetime.
 
@@ -68,16 +83,6 @@ class Registry:
             self._creating.discard(sandbox_id)
 
     async def _create(self, sandbox_id: str, spec: SandboxSpec) -> SandboxInfo:
-        creation = asyncio.ensure_future(self.backend.create(sandbox_id, spec))
-        try:
-            box = await asyncio.shield(creation)
-        except asyncio.CancelledError:
-            # A creation under way in a thread cannot be stopped: let it end, then undo it.
-            self._start_undo(sandbox_id, creation)
-            raise
-        if sandbox_id in self._forbidden:
-            self._start_undo(sandbox_id, creation)
-            raise SandboxGone(f"sandbox {sandbox_id} was closed meanwhile.")
         now = time.time()
         info = SandboxInfo(
             id=sandbox_id,
@@ -87,9 +92,24 @@ class Registry:
             expires_at=now + spec.lifetime_s,
             spec=spec,
         )
-        expiry = asyncio.get_running_loop().call_later(spec.lifetime_s, self._start_close, info.id)
-        self._entries[sandbox_id] = _Entry(info, box, expiry)
+        creation = asyncio.ensure_future(self.backend.create(info))
+        try:
+            box = await asyncio.shield(creation)
+        except asyncio.CancelledError:
+            # A creation under way in a thread cannot be stopped: let it end, then undo it.
+            self._start_undo(sandbox_id, creation)
+            raise
+        if sandbox_id in self._forbidden:
+            self._start_undo(sandbox_id, creation)
+            raise SandboxGone(f"sandbox {sandbox_id} was closed meanwhile.")
+        self._keep(box)
         return info
+
+    def _keep(self, box: Box) -> None:
+        left_s = max(0.0, box.info.expires_at - time.time())
+        loop = asyncio.get_running_loop()
+        expiry = loop.call_later(left_s, self._start_close, box.info.id)
+        self._entries[box.info.id] = _Entry(box.info, box, expiry)
 
     def list(self) -> list[SandboxInfo]:
         """Every sandbox, oldest first."""
@@ -110,17 +130,35 @@ class Registry:
     async def exec(self, sandbox_id: str, request: ExecRequest) -> ExecResult:
         """Runs one command; closing the sandbox ends it with `SandboxGone`."""
         entry = self._entry(sandbox_id)
-        env = {**entry.info.spec.env, **request.env}
-        size = sum(len(text.encode()) for text in (request.command, *env, *env.values()))
-        if size > _MAX_COMMAND:
-            raise SandboxRefused(
-                f"command: takes {size} bytes with its environment, over {_MAX_COMMAND}; "
-                "write a file and run that."
-            )
+        _check_size(entry, request.command, {**entry.info.spec.env, **request.env})
         limit = entry.info.spec.limits.output_bytes
         if request.output_bytes is not None and request.output_bytes > limit:
             raise SandboxRefused(f"output_bytes: may not be over the sandbox's limit of {limit}.")
         return await self._work(entry, entry.box.exec(request))
+
+    async def open_session(self, sandbox_id: str, name: str, request: SessionRequest) -> None:
+        """Starts a session under a name of its own."""
+        entry = self._entry(sandbox_id)
+        check_session(name)
+        _check_size(entry, "", {**entry.info.spec.env, **request.env})
+        await self._work(entry, entry.box.open_session(name, request))
+
+    async def run(self, sandbox_id: str, name: str, request: RunRequest) -> SessionResult:
+        """Runs a command in a session."""
+        entry = self._entry(sandbox_id)
+        check_session(name)
+        _check_size(entry, request.command, {})
+        return await self._work(entry, entry.box.run(name, request))
+
+    async def close_session(self, sandbox_id: str, name: str) -> None:
+        """Ends a session; one that is not there is no error."""
+        entry = self._entry(sandbox_id)
+        check_session(name)
+        await self._work(entry, entry.box.close_session(name))
+
+    async def cancel(self, sandbox_id: str, operation: str) -> None:
+        """Ends an operation that its caller has given up."""
+        await self._entry(sandbox_id).box.link.cancel(operation)
 
     async def close(self, sandbox_id: str) -> None:
         """Removes a sandbox; closing one that is not there, or not yet, forbids its id."""
@@ -190,6 +228,15 @@ class Registry:
             raise
         finally:
             self._closing.pop(entry.info.id, None)
+
+
+def _check_size(entry: _Entry, command: str, env: Mapping[str, str]) -> None:
+    size = sum(len(text.encode()) for text in (command, *env, *env.values()))
+    if size > _MAX_COMMAND:
+        raise SandboxRefused(
+            f"command: takes {size} bytes with its environment, over {_MAX_COMMAND}; "
+            "write a file and run that."
+        )
 
 
 def _being_cancelled() -> bool:

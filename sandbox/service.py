@@ -19,7 +19,7 @@ from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
 from sandbox import archive
-from sandbox.api import ExecRequest, SandboxSpec, parse, to_json
+from sandbox.api import ExecRequest, RunRequest, SandboxSpec, SessionRequest, parse, to_json
 from sandbox.backends import Backend, BackendName, open_backend
 from sandbox.errors import (
     SandboxError,
@@ -64,6 +64,10 @@ def create_app(backend: Backend, *, token: str | None = None) -> web.Application
             web.get(box, _show),
             web.delete(box, _close),
             web.post(f"{box}/exec", _exec),
+            web.delete(f"{box}/operations/{{operation}}", _cancel),
+            web.put(f"{box}/sessions/{{name}}", _open_session),
+            web.post(f"{box}/sessions/{{name}}", _run),
+            web.delete(f"{box}/sessions/{{name}}", _close_session),
             web.get(f"{box}/files", _read),
             web.put(f"{box}/files", _write),
             web.get(f"{box}/archive", _download),
@@ -122,6 +126,9 @@ def serve(
 ) -> None:
     """Serves until SIGINT or SIGTERM, then removes every sandbox.
 
+    Its sandboxes survive the death of this process by anything else: the next service of the
+    state directory adopts them, or they end with their lifetime.
+
     Args:
         backend: "local" or "docker".
         isolation: Of the local backend: "auto", "bubblewrap" or "none".
@@ -140,7 +147,7 @@ def serve(
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, stop.set)
-        chosen = open_backend(backend, isolation=isolation, state_dir=state_dir)
+        chosen = open_backend(backend, isolation=isolation, state_dir=state_dir, durable=True)
         async with running(chosen, host=host, port=port, token=token) as url:
             announce(f"sandbox service ({backend}, isolation {chosen.isolation}) at {url}")
             await stop.wait()
@@ -150,13 +157,19 @@ def serve(
 
 @contextlib.contextmanager
 def embedded(
-    backend: BackendName = "local",
+    backend: BackendName | Backend = "local",
     *,
     isolation: Literal["auto", "bubblewrap", "none"] = "auto",
     token: str | None = None,
     state_dir: Path | None = None,
 ) -> Iterator[str]:
     """Serves from a background thread of this process on a free loopback port.
+
+    Args:
+        backend: "local", "docker", or a backend that is not started yet.
+        isolation: Of the local backend.
+        token: Bearer token to ask for.
+        state_dir: Where workspaces live; None is a directory in the temporary one.
 
     Yields:
         The base URL. Leaving the context removes every sandbox.
@@ -167,8 +180,9 @@ def embedded(
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, name="sandbox-service", daemon=True)
     thread.start()
-    chosen = open_backend(backend, isolation=isolation, state_dir=state_dir)
-    context = running(chosen, token=token)
+    if isinstance(backend, str):
+        backend = open_backend(backend, isolation=isolation, state_dir=state_dir)
+    context = running(backend, token=token)
     try:
         url = asyncio.run_coroutine_threadsafe(context.__aenter__(), loop).result()
         try:
@@ -188,7 +202,7 @@ async def _close_all(app: web.Application) -> None:
 
 async def _backend_lifetime(app: web.Application) -> AsyncIterator[None]:
     registry = app[_REGISTRY]
-    await registry.backend.start()
+    await registry.start()
     yield
     # Again, for those whose creation was under way.
     await registry.close_all()
@@ -278,6 +292,32 @@ async def _exec(request: web.Request) -> web.Response:
     command = parse(ExecRequest, await request.read())
     result = await request.app[_REGISTRY].exec(request.match_info["id"], command)
     return web.json_response(to_json(result))
+
+
+async def _cancel(request: web.Request) -> web.Response:
+    match = request.match_info
+    await request.app[_REGISTRY].cancel(match["id"], match["operation"])
+    return web.json_response({})
+
+
+async def _open_session(request: web.Request) -> web.Response:
+    match = request.match_info
+    asked = parse(SessionRequest, await request.read() or b"{}")
+    await request.app[_REGISTRY].open_session(match["id"], match["name"], asked)
+    return web.json_response({}, status=201)
+
+
+async def _run(request: web.Request) -> web.Response:
+    match = request.match_info
+    command = parse(RunRequest, await request.read())
+    result = await request.app[_REGISTRY].run(match["id"], match["name"], command)
+    return web.json_response(to_json(result))
+
+
+async def _close_session(request: web.Request) -> web.Response:
+    match = request.match_info
+    await request.app[_REGISTRY].close_session(match["id"], match["name"])
+    return web.json_response({})
 
 
 async def _read(request: web.Request) -> web.Response:

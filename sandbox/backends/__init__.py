@@ -18,11 +18,12 @@ def open_backend(
     *,
     isolation: Literal["auto", "bubblewrap", "none"] = "auto",
     state_dir: Path | None = None,
+    durable: bool = False,
 ) -> Backend:
     """A backend that is not started yet; `isolation` is the local backend's."""
     if name == "docker":
         # Imported here, for a host without the Docker SDK can run the local backend.
         from sandbox.backends.docker import DockerBackend
 
-        return DockerBackend(state_dir=state_dir)
-    return LocalBackend(isolation=isolation, state_dir=state_dir)
+        return DockerBackend(state_dir=state_dir, durable=durable)
+    return LocalBackend(isolation=isolation, state_dir=state_dir, durable=durable)

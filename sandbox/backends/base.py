@@ -1,25 +1,126 @@
-"""What a backend is: it makes boxes; a box runs commands and has a workspace."""
+"""What a backend is: it makes boxes; a box has an agent inside and a workspace."""
 
 from __future__ import annotations
 
+import asyncio
+import os
+import shutil
+from collections.abc import Awaitable, Callable, Sequence
+from importlib import resources
+from pathlib import Path
 from typing import Any, Protocol
 
-from sandbox.api import ExecRequest, ExecResult, Isolation, SandboxSpec
-from sandbox.workspace import Workspace
+from sandbox.api import (
+    MB,
+    ExecRequest,
+    ExecResult,
+    Isolation,
+    RunRequest,
+    SandboxInfo,
+    SandboxSpec,
+    SessionRequest,
+    SessionResult,
+)
+from sandbox.errors import SandboxError, SandboxGone, SandboxLost
+from sandbox.link import GRACE_S, Answer, Link
+from sandbox.output import text_of
+from sandbox.workspace import Workspace, split_path
+
+# Where the agent's code and the service's socket are inside.
+AGENT_DIR, LINE_DIR = "/run/klong/agent", "/run/klong/line"
+
+# The agent ends a sandbox that its service should have ended this long ago.
+_LATE_S = 2.0
 
 
-class Box(Protocol):
+class Box:
     """One sandbox of a backend."""
 
-    @property
-    def workspace(self) -> Workspace:
-        """The files that its commands see as their working directory."""
+    def __init__(
+        self,
+        info: SandboxInfo,
+        workspace: Workspace,
+        link: Link,
+        *,
+        close: Callable[[], Awaitable[None]],
+        root: str = "/workspace",
+        prelude: str = "",
+    ) -> None:
+        """Wraps a sandbox whose agent has dialled.
+
+        Args:
+            info: What its callers see.
+            workspace: The files that its commands see as their working directory.
+            link: The line to its agent.
+            close: Kills what runs and removes everything.
+            root: The workspace's path inside.
+            prelude: Shell text before every command, such as resource limits.
+        """
+        self.info, self.workspace, self.link = info, workspace, link
+        self._close, self._root, self._prelude = close, root, prelude
 
     async def exec(self, request: ExecRequest) -> ExecResult:
         """Runs one command; everything it started is dead when this returns or is cancelled."""
+        argv = ["/bin/sh", "-c", request.command]
+        if self._prelude:
+            argv = ["/bin/sh", "-c", f'{self._prelude}eval "$1"', "sh", request.command]
+        header = {
+            "op": "exec",
+            "argv": argv,
+            "env": {**self.info.spec.env, **request.env},
+            "cwd": self._cwd(request.cwd),
+            "timeout": request.timeout_s,
+            "keep": request.output_bytes or self.info.spec.limits.output_bytes,
+        }
+        stdin = request.stdin.encode()
+        return ExecResult(**_command(await self._call(header, request, stdin, request.timeout_s)))
+
+    async def open_session(self, name: str, request: SessionRequest) -> None:
+        """Starts a shell that lives until it is closed."""
+        header = {
+            "op": "open",
+            "session": name,
+            "env": {**self.info.spec.env, **request.env},
+            "cwd": self._cwd(request.cwd),
+            "prelude": self._prelude,
+            "keep": self.info.spec.limits.output_bytes,
+        }
+        await self._call(header, request)
+
+    async def run(self, name: str, request: RunRequest) -> SessionResult:
+        """Runs a command in a session's shell."""
+        header = {"op": "run", "session": name, "timeout": request.timeout_s}
+        text = request.command.encode()
+        answer = await self._call(header, request, text, request.timeout_s)
+        return SessionResult(**_command(answer), ended=answer[0].get("ended") is True)
+
+    async def close_session(self, name: str) -> None:
+        """Ends a session with everything in it; one that is not there is no error."""
+        await self.link.call({"op": "close", "session": name}, timeout_s=GRACE_S)
 
     async def close(self) -> None:
         """Kills what runs and removes everything; called once."""
+        self.link.end()
+        self.link.fail(SandboxGone(f"sandbox {self.info.id} was closed meanwhile."))
+        await self._close()
+
+    def _cwd(self, path: str) -> str:
+        self.workspace.directory(path)
+        return "/".join([self._root, *split_path(path)])
+
+    async def _call(
+        self,
+        header: dict[str, Any],
+        request: ExecRequest | SessionRequest | RunRequest,
+        payload: bytes = b"",
+        timeout_s: float = 0.0,
+    ) -> Answer:
+        keep = request.operation is not None
+        if keep:
+            header["id"] = request.operation
+        if request.acknowledge:
+            header["ack"] = list(request.acknowledge)
+        return await self.link.call(header, payload, timeout_s=timeout_s + GRACE_S, keep=keep)
 
 
 class Backend(Protocol):
@@ -33,15 +134,18 @@ class Backend(Protocol):
     def isolation(self) -> Isolation:
         """What separates a sandbox from the host."""
 
-    async def start(self) -> None:
-        """Checks that it can work here and reaps what dead services left.
+    async def start(self) -> list[Box]:
+        """Checks that it can work here, and reaps or adopts what dead services left.
+
+        Returns:
+            The living sandboxes of dead services; none unless the backend is durable.
 
         Raises:
             SandboxUnavailable: it cannot work here; the message says what is missing.
         """
 
-    async def create(self, sandbox_id: str, spec: SandboxSpec) -> Box:
-        """Makes a sandbox.
+    async def create(self, info: SandboxInfo) -> Box:
+        """Makes a sandbox and waits for its agent.
 
         Raises:
             SandboxRefused: the backend cannot give what the spec asks.
@@ -52,3 +156,123 @@ class Backend(Protocol):
 
     def health(self) -> dict[str, Any]:
         """Facts for the service's health answer."""
+
+
+def install_agent(directory: Path) -> None:
+    """Copies the agent's code to where sandboxes can read it."""
+    package = directory / "sandbox"
+    (package / "agent").mkdir(parents=True)
+    source = resources.files("sandbox")
+    for name in ("__init__.py", "protocol.py", "output.py"):
+        (package / name).write_text((source / name).read_text())
+    for file in (source / "agent").iterdir():
+        if file.name.endswith(".py"):
+            (package / "agent" / file.name).write_text(file.read_text())
+    shutil.copyfile(package / "agent/__main__.py", directory / "__main__.py")
+    for parent, _, names in os.walk(directory):
+        os.chmod(parent, 0o755)
+        for name in names:
+            os.chmod(f"{parent}/{name}", 0o644)
+
+
+def agent_arguments(
+    python: Sequence[str], line: str, info: SandboxInfo, *, durable: bool
+) -> list[str]:
+    """The command line of the agent.
+
+    Args:
+        python: The interpreter and the directory with the agent's code.
+        line: Directory of the service's socket, as the agent sees it.
+        info: The sandbox.
+        durable: Whether it outlives its service.
+    """
+    lifetime_s = info.spec.lifetime_s + _LATE_S
+    return [*python, line, repr(lifetime_s), repr(lifetime_s if durable else 0.0)]
+
+
+def open_link(directory: Path, spec: SandboxSpec, owner: int | None) -> Link:
+    """The line to the agent of the sandbox with this directory."""
+    return Link(directory / "line", owner=owner, max_payload=2 * spec.limits.output_bytes)
+
+
+def open_workspace(directory: Path, spec: SandboxSpec, owner: int | None) -> Workspace:
+    """The workspace of the sandbox with this directory."""
+    return Workspace(directory / "workspace", owner=owner, max_bytes=spec.limits.files_mb * MB)
+
+
+async def await_agent(
+    link: Link,
+    pid: int,
+    is_agent: Callable[[int], bool],
+    *,
+    patience_s: float,
+    said: Callable[[], str],
+) -> None:
+    """Waits for the agent to dial; from then on the line fails when the sandbox ends.
+
+    Args:
+        link: The line.
+        pid: Process on this host that lives as long as the sandbox.
+        is_agent: Whether a process is the agent, by its id on this host.
+        patience_s: Seconds to wait.
+        said: What the sandbox printed last on its own account, as a sentence or nothing.
+
+    Raises:
+        SandboxError: it does not come up.
+    """
+    _on_exit(pid, lambda: link.fail(SandboxLost(f"the sandbox has ended by itself.{said()}")))
+    try:
+        async with asyncio.timeout(patience_s):
+            await link.connected(is_agent)
+    except BaseException as error:
+        link.fail(SandboxLost("the sandbox did not start."))
+        if isinstance(error, (TimeoutError, SandboxLost)):
+            raise SandboxError(f"the sandbox does not start.{said()}") from None
+        raise
+
+
+def _on_exit(pid: int, callback: Callable[[], None]) -> None:
+    """Calls back when a process of this host ends."""
+    loop = asyncio.get_running_loop()
+    try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        loop.call_soon(callback)
+        return
+
+    def ended() -> None:
+        loop.remove_reader(pidfd)
+        os.close(pidfd)
+        callback()
+
+    loop.add_reader(pidfd, ended)
+
+
+def _command(answer: Answer) -> dict[str, Any]:
+    """The fields of a result, from an agent that may say anything."""
+    header, data = answer
+    try:
+        streams = []
+        place = 0
+        for name in ("out", "err"):
+            head, tail, total = (int(size) for size in header[name])
+            middle, end = place + head, place + head + tail
+            if not 0 <= head + tail <= min(total, len(data)):
+                raise ValueError(name)
+            streams.append((bytes(data[place:middle]), bytes(data[middle:end]), total))
+            place = end
+        timed_out = header.get("timed_out") is True
+        code = header["exit"]
+        if not (code is None or isinstance(code, int)):
+            raise ValueError(code)
+        return {
+            "exit_code": None if timed_out else 137 if code is None else code,
+            "stdout": text_of(*streams[0]),
+            "stderr": text_of(*streams[1]),
+            "timed_out": timed_out,
+            "duration_s": float(header["duration"]),
+            "stdout_bytes": streams[0][2],
+            "stderr_bytes": streams[1][2],
+        }
+    except (KeyError, TypeError, ValueError):
+        raise SandboxLost("the agent inside the sandbox sent a result that is none.") from None

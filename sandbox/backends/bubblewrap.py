@@ -1,12 +1,15 @@
-"""The bubblewrap command line: what a sandboxed command sees of the host."""
+"""The bubblewrap command line: what a sandbox sees of the host."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Sequence
 from pathlib import Path
+
+from sandbox.backends.base import AGENT_DIR, LINE_DIR
 
 # A user without rights, by the same number whatever user the host runs the sandbox as.
 _UID = 1000
@@ -47,22 +50,35 @@ def install(etc: Path) -> None:
                 os.chmod(f"{directory}/{name}", 0o644)
 
 
-def arguments(
-    etc: Path, box: Path, *, cwd: str, env: Mapping[str, str], network: bool
-) -> list[str]:
-    """The `bwrap` call up to the command: its own namespaces, user, root, /tmp and home.
+def python() -> tuple[str, list[str]]:
+    """An interpreter that sandboxes can run, and what must be bound for it."""
+    system = "/usr/bin/python3"
+    if os.access(system, os.X_OK):
+        return system, []
+    # The host's Python is this one alone, perhaps in a home directory.
+    base = os.path.realpath(sys.base_prefix)
+    inside = f"/run/klong/python/bin/python{sys.version_info.major}.{sys.version_info.minor}"
+    return inside, ["--ro-bind", base, "/run/klong/python"]
 
-    When the command ends, or bwrap or the service is killed, the kernel kills all that is left
-    in the process namespace.
+
+def arguments(
+    etc: Path, agent: Path, box: Path, *, network: bool, die_with_parent: bool
+) -> list[str]:
+    """The `bwrap` call up to the agent: its own namespaces, user, root, /tmp and home.
+
+    The agent is the first process inside; when it ends, the kernel kills all that is left in its
+    process namespace.
 
     Args:
         etc: Directory that `install` made.
-        box: Directory with the sandbox's `workspace`, `tmp` and `home`.
-        cwd: Working directory relative to the workspace.
-        env: The command's whole environment.
+        agent: Directory with the agent's code.
+        box: Directory with the sandbox's `workspace`, `tmp`, `home` and `line`.
         network: Whether to share the host's network.
+        die_with_parent: Whether the kernel ends the sandbox when this process is killed.
     """
-    call = ["bwrap", "--unshare-all", "--unshare-user", "--disable-userns", "--die-with-parent"]
+    call = ["bwrap", "--unshare-all", "--unshare-user", "--disable-userns", "--as-pid-1"]
+    if die_with_parent:
+        call.append("--die-with-parent")
     call += ["--uid", str(_UID), "--gid", str(_UID), "--hostname", "sandbox"]
     call += ["--ro-bind", "/usr", "/usr"]
     for name in ("bin", "sbin", "lib", "lib32", "lib64", "libx32"):
@@ -77,8 +93,10 @@ def arguments(
     call += ["--proc", "/proc", "--ro-bind", "/proc/sys", "/proc/sys", "--dev", "/dev"]
     for name, place in (("tmp", "/tmp"), ("home", ENV["HOME"]), ("workspace", "/workspace")):
         call += ["--bind", str(box / name), place]
-    call += ["--remount-ro", "/", "--chdir", f"/workspace/{cwd}".rstrip("/"), "--clearenv"]
-    for name, value in env.items():
+    call += ["--ro-bind", str(agent), AGENT_DIR, "--ro-bind", str(box / "line"), LINE_DIR]
+    call += python()[1]
+    call += ["--remount-ro", "/", "--chdir", "/workspace", "--clearenv"]
+    for name, value in ENV.items():
         call += ["--setenv", name, value]
     return [*call, "--"]
 

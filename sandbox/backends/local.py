@@ -1,43 +1,58 @@
-"""Sandboxes of this host: one bubblewrap a command, or plain processes where there is none."""
+"""Sandboxes of this host: one bubblewrap each, or plain processes where there is none."""
 
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import os
 import random
-import secrets
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, Literal
 
 from sandbox import owner
-from sandbox.api import MB, ExecRequest, ExecResult, Isolation, SandboxSpec
+from sandbox.api import MB, Isolation, Limits, SandboxInfo
 from sandbox.backends import bubblewrap, cgroups
+from sandbox.backends.base import (
+    AGENT_DIR,
+    LINE_DIR,
+    Box,
+    agent_arguments,
+    await_agent,
+    install_agent,
+    open_link,
+    open_workspace,
+)
+from sandbox.backends.inheritance import inherit
 from sandbox.backends.processes import Members, kill_all
 from sandbox.errors import SandboxRefused, SandboxUnavailable
-from sandbox.process import Command, run
-from sandbox.workspace import Workspace, remove_tree, split_path
+from sandbox.workspace import remove_tree
 
 log = logging.getLogger("sandbox")
 
 # Users for sandboxes under root are drawn from here, far above those of people and packages.
 _FIRST_UID, _LAST_UID = 1 << 30, (1 << 31) - 2
 
-# Variables that mark the processes of a sandbox, and of one command.
-_SANDBOX, _RUN = "KLONG_SANDBOX", "KLONG_EXEC"
+# The variable that marks the processes of a sandbox.
+_MARKER = "KLONG_SANDBOX"
 
-# Joins control groups, sets limits, then becomes the real command; $1 counts the groups.
+# Seconds for an agent to come up, and to dial a service that adopts it.
+_START_S, _ADOPT_S = 30.0, 5.0
+
+# Joins control groups, sets limits, then becomes the agent; $1 counts the groups.
 _SETUP = """n=$1; shift
 while [ "$n" -gt 0 ]; do echo 0 >"$1" || exit 125; shift; n=$((n-1)); done
-ulimit -c 0; ulimit -f "$1"; ulimit -v "$2"
-if [ "$3" = unlimited ]; then :; elif [ "$BASH_VERSION" ]; then ulimit -u "$3"
-else ulimit -p "$3"; fi
-shift 3; exec "$@"
+ulimit -c 0; ulimit -f "$1"; shift; exec "$@"
 """
+
+# Before every command where no control group holds the limit; dash says -p for what bash says -u.
+_PROCESSES = 'if [ "$BASH_VERSION" ]; then ulimit -u {0}; else ulimit -p {0}; fi; '
 
 
 class LocalBackend:
-    """Runs commands on this host."""
+    """Runs sandboxes on this host."""
 
     name = "local"
 
@@ -46,21 +61,25 @@ class LocalBackend:
         *,
         isolation: Literal["auto", "bubblewrap", "none"] = "auto",
         state_dir: Path | None = None,
+        durable: bool = False,
     ) -> None:
         """Describes the backend; `start` checks it.
 
         Args:
             isolation: "auto" takes bubblewrap where it works.
             state_dir: Where workspaces live; None is a directory in the temporary one.
+            durable: Whether sandboxes outlive a service that is killed, for the next to adopt.
         """
         self.isolation: Isolation = "none" if isolation == "none" else "bubblewrap"
         self._may_fall_back = isolation == "auto"
         self._state_dir = (state_dir or owner.default_state_dir()) / "local"
         self._root = os.geteuid() == 0
+        self._durable = durable
+        self._taken_over: list[Path] = []
         self.cgroups: cgroups.Cgroups | None = None
 
-    async def start(self) -> None:
-        """Chooses isolation and limits, and reaps what dead services left."""
+    async def start(self) -> list[Box]:
+        """Chooses isolation and limits, and reaps or adopts what dead services left."""
         if self.isolation == "bubblewrap":
             problem = bubblewrap.problem(_drop(_FIRST_UID if self._root else None))
             if problem and not self._may_fall_back:
@@ -70,29 +89,44 @@ class LocalBackend:
         if self.isolation == "none":
             log.warning("sandboxes are not isolated (isolation: none): run only trusted commands")
         self.cgroups = cgroups.detect()
-        await self._reap()
-        self.own = owner.claim(self._state_dir)
-        self.etc = self.own / "etc"
+        inherited = await inherit(
+            self._state_dir,
+            durable=self._durable,
+            adopt=lambda directory, record: self._attach(record, directory, _ADOPT_S),
+            reap=self._discard,
+        )
+        self._taken_over = inherited.directories
+        self.own = owner.claim(self._state_dir, durable=self._durable)
+        self.etc, self.agent = self.own / "etc", self.own / "agent"
         await asyncio.to_thread(bubblewrap.install, self.etc)
+        await asyncio.to_thread(install_agent, self.agent)
+        return inherited.boxes
 
-    async def create(self, sandbox_id: str, spec: SandboxSpec) -> LocalBox:
-        """Makes the directories and the control group of a sandbox."""
-        if spec.image is not None:
+    async def create(self, info: SandboxInfo) -> Box:
+        """Makes the directories and the control group of a sandbox, and starts its agent."""
+        if info.spec.image is not None:
             raise SandboxRefused(
                 "image: the local backend has no images; leave it out or use --backend docker."
             )
         uid = random.SystemRandom().randint(_FIRST_UID, _LAST_UID) if self._root else None
-        directory = owner.make_box_directory(self.own, sandbox_id, uid)
+        directory = owner.make_box_directory(self.own, info.id, uid)
+        record = owner.Record(info, uid=uid)
+        record.write(directory)
         try:
-            groups = self.cgroups.create(sandbox_id, spec.limits) if self.cgroups else []
-        except OSError:
-            await self.discard(directory, sandbox_id, uid)
+            groups = self.cgroups.create(info.id, info.spec.limits) if self.cgroups else []
+            process = self._launch(record, directory, groups)
+            started = owner.start_time(process.pid) or ""
+            record = dataclasses.replace(record, pid=process.pid, started=started)
+            record.write(directory)
+            return await self._attach(record, directory, _START_S, process)
+        except BaseException:
+            await asyncio.shield(self._discard(directory, record))
             raise
-        return LocalBox(self, sandbox_id, spec, directory, uid, groups)
 
     async def close(self) -> None:
-        """Removes the service's directory."""
-        await asyncio.to_thread(remove_tree, self.own)
+        """Removes the service's directories."""
+        for own in (self.own, *self._taken_over):
+            await asyncio.to_thread(remove_tree, own)
 
     @property
     def limits(self) -> str:
@@ -111,118 +145,109 @@ class LocalBackend:
         """How limits are held."""
         return {"limits": self.limits}
 
-    async def discard(self, directory: Path, sandbox_id: str, uid: int | None) -> None:
+    async def _discard(self, directory: Path, record: owner.Record | None) -> None:
         """Kills every process of a sandbox and removes its directory and its group."""
-        await kill_all(Members(_marker(sandbox_id).encode(), uid=uid))
+        session = record.pid if record is not None and record.is_alive else None
+        uid = None if record is None else record.uid
+        marker = f"{_MARKER}={directory.name}".encode()
+        await kill_all(Members(marker, session=session, uid=uid))
         if self.cgroups:
-            await self.cgroups.remove(sandbox_id)
+            await self.cgroups.remove(directory.name)
         await asyncio.to_thread(remove_tree, directory)
 
-    async def _reap(self) -> None:
-        for dead in owner.abandoned(self._state_dir):
-            for directory in owner.box_directories(dead):
-                log.info("reaping sandbox %s of a dead service", directory.name)
-                uid = directory.stat().st_uid
-                for part in directory.iterdir():
-                    uid = max(uid, part.stat().st_uid)
-                own_user = uid if _FIRST_UID <= uid <= _LAST_UID else None
-                await self.discard(directory, directory.name, own_user)
-            await asyncio.to_thread(remove_tree, dead)
-
-
-class LocalBox:
-    """One sandbox of the local backend."""
-
-    def __init__(
+    async def _attach(
         self,
-        backend: LocalBackend,
-        sandbox_id: str,
-        spec: SandboxSpec,
+        record: owner.Record,
         directory: Path,
-        uid: int | None,
-        groups: list[Path],
-    ) -> None:
-        """Wraps what `LocalBackend.create` made."""
-        self.workspace = Workspace(
-            directory / "workspace", owner=uid, max_bytes=spec.limits.files_mb * MB
+        patience_s: float,
+        process: subprocess.Popen[bytes] | None = None,
+    ) -> Box:
+        """A sandbox that was launched, once its agent has dialled."""
+        spec, isolated = record.info.spec, self.isolation == "bubblewrap"
+        link = open_link(directory, spec, record.uid)
+
+        def is_agent(pid: int) -> bool:
+            # Bubblewrap itself stays outside and has one child.
+            return record.pid == (_parent(pid) if isolated else pid)
+
+        await await_agent(
+            link, record.pid, is_agent, patience_s=patience_s, said=lambda: _last(directory)
         )
-        self._backend, self._id, self._spec = backend, sandbox_id, spec
-        self._directory, self._uid, self._groups = directory, uid, groups
-        self._running = 0
 
-    async def exec(self, request: ExecRequest) -> ExecResult:
-        """Runs one command."""
-        self.workspace.directory(request.cwd)
-        cwd = "/".join(split_path(request.cwd))
-        run_id = secrets.token_hex(8)
-        markers = {_SANDBOX: self._id, _RUN: run_id}
-        isolated = self._backend.isolation == "bubblewrap"
+        async def close() -> None:
+            await self._discard(directory, record)
+            if process is not None:
+                process.wait()
 
-        async def sweep(pid: int, by_itself: bool) -> None:
-            # The end of bubblewrap's first process ends all in its namespace, but one killed
-            # while it sets up may leave a child that does not yet die with it.
-            if isolated and by_itself:
-                return
-            alone = self._uid if self._running == 1 else None
-            await kill_all(Members(f"{_RUN}={run_id}".encode(), session=pid, uid=alone))
+        return Box(
+            record.info,
+            open_workspace(directory, spec, record.uid),
+            link,
+            close=close,
+            root="/workspace" if isolated else str(directory / "workspace"),
+            prelude=self._prelude(spec.limits),
+        )
 
-        self._running += 1
-        try:
-            return await run(
-                Command(
-                    argv=self._argv(request, cwd, markers),
-                    # What runs before the drop to the sandbox's user must not see its variables.
-                    env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", **markers},
-                    cwd=self._directory / "workspace" / cwd,
-                    stdin=request.stdin.encode(),
-                    timeout_s=request.timeout_s,
-                    output_bytes=request.output_bytes or self._spec.limits.output_bytes,
-                    sweep=sweep,
-                )
+    def _launch(
+        self, record: owner.Record, directory: Path, groups: list[Path]
+    ) -> subprocess.Popen[bytes]:
+        """Starts a chain of programs, each replacing the one before it, that ends in the agent."""
+        info = record.info
+        blocks = str(info.spec.limits.files_mb * MB // 512)
+        setup = ["/bin/sh", "-c", _SETUP, "sh", str(len(groups)), *map(str, groups), blocks]
+        if self.isolation == "bubblewrap":
+            sandbox = bubblewrap.arguments(
+                self.etc,
+                self.agent,
+                directory,
+                network=info.spec.network,
+                die_with_parent=not self._durable,
             )
-        finally:
-            self._running -= 1
-
-    async def close(self) -> None:
-        """Kills what runs and removes the directories."""
-        await self._backend.discard(self._directory, self._id, self._uid)
-
-    def _argv(self, request: ExecRequest, cwd: str, markers: dict[str, str]) -> list[str]:
-        """The chain of programs that ends in the command; each replaces the one before it."""
-        sandbox, drop = self._sandbox(request, cwd, markers), _drop(self._uid)
-        shell = ["/bin/sh", "-c", request.command]
-        if self._backend.limits == "rlimits in a user namespace":
-            return [*sandbox, *self._limits(), *shell]
-        return [*self._limits(), *drop, *sandbox, *shell]
-
-    def _sandbox(self, request: ExecRequest, cwd: str, markers: dict[str, str]) -> list[str]:
-        env = {**self._spec.env, **request.env, **markers}
-        if self._backend.isolation == "bubblewrap":
-            network = self._spec.network
-            env = {**bubblewrap.ENV, **env}
-            return bubblewrap.arguments(
-                self._backend.etc, self._directory, cwd=cwd, env=env, network=network
+            python, line, agent = bubblewrap.python()[0], LINE_DIR, AGENT_DIR
+        else:
+            env = {
+                **bubblewrap.ENV,
+                "HOME": str(directory / "home"),
+                "TMPDIR": str(directory / "tmp"),
+                _MARKER: info.id,
+            }
+            sandbox = ["/usr/bin/env", "-i", *(f"{name}={value}" for name, value in env.items())]
+            system, bound = bubblewrap.python()
+            python = sys.executable if bound else system
+            line, agent = str(directory / "line"), str(self.agent)
+        start = agent_arguments([python, "-ISB", agent], line, info, durable=self._durable)
+        with open(directory / "agent.log", "wb") as said:
+            return subprocess.Popen(
+                [*setup, *_drop(record.uid), *sandbox, *start],
+                stdin=subprocess.DEVNULL,
+                stdout=said,
+                stderr=said,
+                env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", _MARKER: info.id},
+                start_new_session=True,
             )
-        home, tmp = str(self._directory / "home"), str(self._directory / "tmp")
-        env = {**bubblewrap.ENV, "HOME": home, "TMPDIR": tmp, **env}
-        return ["/usr/bin/env", "-i", *(f"{key}={value}" for key, value in env.items())]
 
-    def _limits(self) -> list[str]:
-        """The command prefix that joins control groups and sets resource limits."""
-        limits = self._spec.limits
-        blocks = str(limits.files_mb * MB // 512)
-        memory = processes = "unlimited"
-        if not self._groups:
-            memory = str(limits.memory_mb * MB // 1024)
-            if self._backend.limits != "rlimits":
-                processes = str(limits.pids)
-        groups = [str(path) for path in self._groups]
-        prefix = ["/bin/sh", "-c", _SETUP, "sh", str(len(groups)), *groups]
-        return [*prefix, blocks, memory, processes]
+    def _prelude(self, limits: Limits) -> str:
+        if self.cgroups:
+            return ""
+        memory = f"ulimit -v {limits.memory_mb * MB // 1024}; "
+        return memory + ("" if self.limits == "rlimits" else _PROCESSES.format(limits.pids))
 
 
-def _marker(sandbox_id: str) -> str:
-    return f"{_SANDBOX}={sandbox_id}"
+def _parent(pid: int) -> int | None:
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return int(fields[1])
+
+
+def _last(directory: Path) -> str:
+    """What the agent, or what should have become it, said last."""
+    try:
+        lines = (directory / "agent.log").read_text(errors="replace").strip().splitlines()
+    except OSError:
+        return ""
+    return f" It said: {lines[-1]}" if lines else ""
 
 
 def _drop(uid: int | None) -> list[str]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from sandbox_helpers import BACKENDS, Service, open_directory, require
+from sandbox_helpers import OTHER_BACKEND, Service, make_backend, open_directory, require
 
 from sandbox.service import embedded
 
@@ -17,6 +17,7 @@ from sandbox.service import embedded
         "local-bubblewrap",
         "local-plain",
         pytest.param("docker", marks=pytest.mark.docker),
+        *(["other"] if OTHER_BACKEND else []),
     ],
 )
 def kind(request: pytest.FixtureRequest) -> str:
@@ -26,9 +27,8 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="session")
 def service(kind: str) -> Iterator[Service]:
-    backend, isolation = BACKENDS[kind]
     with open_directory() as state_dir:
-        with embedded(backend, isolation=isolation, state_dir=state_dir) as url:  # type: ignore[arg-type]
+        with embedded(make_backend(kind, state_dir)) as url:
             yield Service(kind, url, state_dir)
         left = list(state_dir.glob("*/*/sb-*"))
         assert left == [], "closing the service leaves sandboxes"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import itertools
 import os
 import shutil
@@ -17,6 +18,7 @@ from typing import TypeVar
 
 import pytest
 
+from sandbox.backends import Backend, open_backend
 from sandbox.backends.docker import DEFAULT_IMAGE
 from sandbox.client import Sandbox, SandboxClient, SandboxSpec
 
@@ -27,6 +29,21 @@ BACKENDS = {
     "local-plain": ("local", "none"),
     "docker": ("docker", "auto"),
 }
+
+# `package.module:function` of one's own: takes the state directory, returns a backend that is not
+# started. Every test with the fixture `service` then runs against it, too.
+OTHER_BACKEND = os.environ.get("KLONG_SANDBOX_BACKEND")
+
+
+def make_backend(kind: str, state_dir: Path) -> Backend:
+    """A backend of a kind, not started yet."""
+    if kind == "other":
+        assert OTHER_BACKEND is not None
+        module, _, function = OTHER_BACKEND.partition(":")
+        made: Backend = getattr(importlib.import_module(module), function)(state_dir)
+        return made
+    name, isolation = BACKENDS[kind]
+    return open_backend(name, isolation=isolation, state_dir=state_dir)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)

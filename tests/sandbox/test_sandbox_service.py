@@ -6,11 +6,8 @@ import asyncio
 import contextlib
 import json
 import os
-import re
-import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import aiohttp
@@ -203,106 +200,6 @@ def test_no_service_at_the_address() -> None:
                 await client.create()
 
     asyncio.run(main())
-
-
-@contextlib.contextmanager
-def _process(kind: str, state_dir: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """A service in a process of its own, and its URL."""
-    backend, isolation = BACKENDS[kind]
-    command = [sys.executable, "-m", "sandbox", "serve", "--port", "0", "--backend", backend]
-    command += ["--isolation", isolation, "--state-dir", str(state_dir)]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout is not None
-        url = re.search(r"http://\S+", process.stdout.readline())
-        assert url is not None
-        yield process, url[0]
-    finally:
-        process.kill()
-        process.wait()
-        assert process.stdout is not None
-        process.stdout.close()
-
-
-async def _leave_running(url: str, argument: str) -> str:
-    """Makes a sandbox with a command and a daemon running in it; returns its id."""
-    async with SandboxClient(url) as client:
-        box = await client.create()
-        daemon = f"(setsid -f sleep {argument} >/dev/null 2>&1)"
-        running = asyncio.create_task(box.exec(f"{daemon}; sleep {argument}"))
-        assert await asyncio.to_thread(wait_until, lambda: len(sleepers(argument)) >= 2)
-        os.kill((await _service_pid(url)), signal.SIGKILL)
-        with pytest.raises(SandboxUnavailable):
-            await running
-        return box.id
-
-
-async def _service_pid(url: str) -> int:
-    port = int(url.rpartition(":")[2])
-    for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
-        fields = line.split()
-        if fields[1].endswith(f":{port:04X}") and fields[3] == "0A":
-            for link in Path("/proc").glob("[0-9]*/fd/*"):
-                with contextlib.suppress(OSError):
-                    if os.readlink(link) == f"socket:[{fields[9]}]":
-                        return int(link.parts[2])
-    raise AssertionError(f"nothing listens on port {port}")
-
-
-def _containers(sandbox_id: str) -> list[str]:
-    command = ["docker", "ps", "-aq", "--filter", f"label=klong.sandbox={sandbox_id}"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
-
-
-def test_a_killed_service_is_cleaned_up_after(kind: str, state_dir: Path) -> None:
-    argument = unique_sleep()
-    with _process(kind, state_dir) as (_, survivor_url):
-
-        async def main(box: Sandbox) -> None:
-            with _process(kind, state_dir) as (killed, url):
-                sandbox_id = await _leave_running(url, argument)
-                assert killed.wait() == -signal.SIGKILL
-            assert list(state_dir.glob(f"*/*/{sandbox_id}")), "nothing was left to clean up"
-            if kind == "docker":
-                assert _containers(sandbox_id)
-            with _process(kind, state_dir) as (again, url):
-                assert sleepers(argument) == []
-                assert not list(state_dir.glob(f"*/*/{sandbox_id}"))
-                assert not list(Path("/sys/fs/cgroup").glob(f"*/klong-sandbox/{sandbox_id}"))
-                if kind == "docker":
-                    assert not _containers(sandbox_id)
-                # A service that lives keeps its sandboxes.
-                assert (await box.exec("cat kept")).stdout == "kept"
-                again.terminate()
-                assert again.wait(10) == 0
-
-        async def keep(box: Sandbox) -> None:
-            await box.write("kept", "kept")
-            await main(box)
-
-        in_box(survivor_url, keep)
-
-
-def test_terminating_a_service_removes_everything(kind: str, state_dir: Path) -> None:
-    argument = unique_sleep()
-
-    async def main(url: str, process: subprocess.Popen[str]) -> str:
-        async with SandboxClient(url) as client:
-            box = await client.create()
-            running = asyncio.create_task(box.exec(f"sleep {argument} & sleep {argument}"))
-            assert await asyncio.to_thread(wait_until, lambda: len(sleepers(argument)) >= 2)
-            process.terminate()
-            with pytest.raises((SandboxGone, SandboxUnavailable)):
-                await running
-            assert await asyncio.to_thread(process.wait, 15) == 0
-            return box.id
-
-    with _process(kind, state_dir) as (process, url):
-        sandbox_id = asyncio.run(main(url, process))
-        assert sleepers(argument) == []
-        assert not list(state_dir.glob("*/*/sb-*"))
-        if kind == "docker":
-            assert not _containers(sandbox_id)
 
 
 _AS_USER = """

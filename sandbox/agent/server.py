@@ -1,0 +1,252 @@
+"""What the agent does for the service: operations by name, each idempotent by its id."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import NoReturn
+
+from sandbox.agent import processes
+from sandbox.agent.connection import Connection
+from sandbox.agent.jobs import Capture, Job, Outcome, Pool
+from sandbox.agent.loop import Loop
+from sandbox.agent.results import Results
+from sandbox.agent.sessions import Session
+from sandbox.protocol import Header, encode
+
+_MAX_SESSIONS = 64
+
+
+class Refusal(Exception):
+    """An operation that cannot be done; its arguments are the error's kind and sentence."""
+
+
+class Server:
+    """The agent of one sandbox."""
+
+    def __init__(self, directory: str, *, lifetime_s: float, orphan_s: float) -> None:
+        """Prepares it.
+
+        Args:
+            directory: Where the service's socket is.
+            lifetime_s: Seconds after which it ends.
+            orphan_s: Seconds that it outlives the loss of the service.
+        """
+        self._directory, self._lifetime_s, self._orphan_s = directory, lifetime_s, orphan_s
+        self._loop = Loop()
+        self._pool = Pool(self._loop)
+        self._results = Results()
+        # What runs, by operation id: how to cancel it.
+        self._running: dict[str, Callable[[], None]] = {}
+        self._cancelled: set[str] = set()
+        self._sessions: dict[str, Session] = {}
+        self._operations: dict[str, Callable[[str, Header, bytes], None]] = {
+            "exec": self._exec,
+            "open": self._open,
+            "run": self._run,
+            "close": self._close,
+        }
+
+    def run(self) -> NoReturn:
+        """Serves until the sandbox is over."""
+        processes.harden()
+        processes.become_subreaper()
+        self._watch_children()
+        self._loop.later(self._lifetime_s, self._finish)
+        self._connection = Connection(
+            self._loop,
+            self._directory,
+            orphan_s=self._orphan_s,
+            on_frame=self._handle,
+            on_orphaned=self._finish,
+        )
+        gc.collect()
+        gc.freeze()  # Forks share what is not collected.
+        self._pool.prepare()
+        self._loop.run()
+        raise AssertionError("the loop never returns")
+
+    def _watch_children(self) -> None:
+        # The first process of a namespace hears no signal from inside that it does not handle.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGCHLD, lambda _number, _frame: None)
+        read_end, write_end = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
+
+        def reap() -> None:
+            with suppress(BlockingIOError):
+                os.read(read_end, 4096)
+            self._pool.reap()
+
+        self._loop.watch(read_end, reap)
+
+    def _finish(self) -> NoReturn:
+        """Ends the agent, and with it the sandbox."""
+        while processes.kill(lambda: processes.below([os.getpid()], processes.table())):
+            self._pool.reap()
+        os._exit(0)
+
+    def _handle(self, header: Header, payload: bytes) -> None:
+        for arrived in header.get("ack", ()):
+            self._results.acknowledge(arrived)
+        name: str = header["op"]
+        if name == "exit":
+            self._finish()
+        if name == "cancel":
+            self._cancel(header["target"])
+            return
+        operation: str = header["id"]
+        answered = self._results.get(operation)
+        if answered is not None:
+            self._connection.send(answered)
+        elif operation not in self._running:
+            self._begin(name, operation, header, payload)
+
+    def _begin(self, name: str, operation: str, header: Header, payload: bytes) -> None:
+        try:
+            self._operations[name](operation, header, payload)
+        except Refusal as refusal:
+            kind, message = refusal.args
+            self._answer(operation, {"error": kind, "message": message})
+        except OSError as error:
+            # No process, descriptor or memory left inside: the sandbox's own doing, so a result.
+            complaint = f"sandbox: cannot start a command: {error.strerror}\n".encode()
+            size = len(complaint)
+            streams = {"out": [0, 0, 0], "err": [size, 0, size]}
+            self._answer(operation, {"exit": 126, "duration": 0.0, **streams}, complaint)
+        self._pool.prepare()
+
+    def _cancel(self, operation: str) -> None:
+        stop = self._running.get(operation)
+        if stop is not None:
+            self._cancelled.add(operation)
+            stop()
+
+    def _answer(self, operation: str, result: Header, payload: bytes = b"") -> None:
+        self._running.pop(operation, None)
+        frame = encode({"id": operation, **result}, payload)
+        if operation in self._cancelled:
+            # Its caller has gone; the frame only tells the service that all is dead.
+            self._cancelled.discard(operation)
+        else:
+            self._results.add(operation, frame)
+        self._connection.send(frame)
+
+    def _exec(self, operation: str, header: Header, payload: bytes) -> None:
+        stdin = _input(payload)
+        job: Job | None = None
+
+        def on_end(outcome: Outcome) -> None:
+            assert job is not None
+            if outcome.complaint:
+                job.err.kept.feed(f"sandbox: {outcome.complaint}\n".encode())
+            result: Header = {"exit": outcome.status}
+            self._answer_command(
+                operation, job, result, started=job.started, timed_out=job.timed_out
+            )
+            self._pool.prepare()
+
+        try:
+            env = {**os.environ, **header["env"]}
+            job = Job(
+                self._pool,
+                header["argv"],
+                env,
+                header["cwd"],
+                stdin,
+                keep=header["keep"],
+                on_end=on_end,
+            )
+        finally:
+            os.close(stdin)
+        job.limit(header["timeout"])
+        self._running[operation] = job.kill
+
+    def _answer_command(
+        self, operation: str, job: Job, result: Header, *, started: float, timed_out: bool
+    ) -> None:
+        result["timed_out"] = timed_out
+        result["duration"] = time.monotonic() - started
+        parts: list[bytes] = []
+        for name, capture in (("out", job.out), ("err", job.err)):
+            sizes, kept = _taken(capture)
+            result[name] = sizes
+            parts += kept
+        self._answer(operation, result, b"".join(parts))
+
+    def _open(self, operation: str, header: Header, _payload: bytes) -> None:
+        name = header["session"]
+        if name in self._sessions:
+            raise Refusal("refused", f"there is a session {name!r} already; choose another name.")
+        if len(self._sessions) >= _MAX_SESSIONS:
+            raise Refusal("refused", f"there are {_MAX_SESSIONS} sessions already; close one.")
+
+        def on_status(status: int | None) -> None:
+            if status == 0:
+                self._answer(operation, {})
+            else:
+                del self._sessions[name]
+                message = f"session {name!r}: its shell did not start (status {status})."
+                self._answer(operation, {"error": "refused", "message": message})
+
+        session = Session(
+            self._pool,
+            {**os.environ, **header["env"]},
+            header["cwd"],
+            header["prelude"],
+            keep=header["keep"],
+        )
+        self._sessions[name] = session
+        self._running[operation] = session.close
+        session.run(":", None, on_status)
+
+    def _run(self, operation: str, header: Header, payload: bytes) -> None:
+        name = header["session"]
+        session = self._sessions.get(name)
+        if session is None:
+            raise Refusal("session_ended", f"there is no session {name!r}; open it first.")
+        if session.over:
+            raise Refusal(
+                "session_ended", f"session {name!r} has ended with its shell; open another."
+            )
+        if session.busy:
+            raise Refusal("refused", f"session {name!r} runs a command; wait for its end.")
+        started = time.monotonic()
+
+        def on_status(status: int | None) -> None:
+            result: Header = {"exit": status, "ended": session.over}
+            self._answer_command(
+                operation, session.job, result, started=started, timed_out=session.timed_out
+            )
+
+        self._running[operation] = session.interrupt
+        session.run(payload.decode("utf-8", "surrogateescape"), header["timeout"], on_status)
+
+    def _close(self, operation: str, header: Header, _payload: bytes) -> None:
+        session = self._sessions.pop(header["session"], None)
+        if session is not None and not session.over:
+            session.on_over = lambda: self._answer(operation, {})
+            self._running[operation] = session.close
+            session.close()
+        else:
+            self._answer(operation, {})
+
+
+def _input(data: bytes) -> int:
+    """A descriptor from which a command reads `data`."""
+    if not data:
+        return os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
+    fd = os.memfd_create("stdin", os.MFD_CLOEXEC)
+    with open(fd, "wb", closefd=False) as file:
+        file.write(data)
+    os.lseek(fd, 0, os.SEEK_SET)
+    return fd
+
+
+def _taken(capture: Capture) -> tuple[list[int], list[bytes]]:
+    head, tail, total = capture.kept.take()
+    return [len(head), len(tail), total], [head, tail]

@@ -1,0 +1,200 @@
+"""A session: one shell that lives between commands, with its directory, variables and jobs."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+
+from sandbox.agent import processes
+from sandbox.agent.jobs import Job, Outcome, Pool
+from sandbox.agent.loop import WRITE, Timer, read_some
+
+_SHELLS = (
+    ("/bin/bash", "--noprofile", "--norc", "/dev/fd/8"),
+    ("/bin/sh", "/dev/fd/8"),
+)
+
+# The signal at which the shell returns from the command that it runs, and leaves the rest undone.
+# It returns from one function a time, so that what follows a call may begin before the next.
+_RETURN = 41
+
+# The shell sources each command, so that the command can be left; `command` keeps a syntax error
+# from ending a POSIX shell. The text is quoted by a word that no command can hold.
+_SCRIPT = """{0}trap 'return 143' {3}
+command . /dev/fd/7 7<<'{2}' 8<&- 9>&-
+{1}
+{2}
+echo $? >&9; trap '' {3}
+"""
+
+# What a shell has to come back after its command was killed, before it is killed too.
+_GRACE_S = 0.5
+_SWEEP_S = 0.005
+
+
+class Session:
+    """A shell that reads its commands from one pipe and tells their status on another.
+
+    Neither is a command's standard input or output, nor open in a command; so no output can be
+    taken for a status, and no command eats the next one.
+    """
+
+    def __init__(
+        self,
+        pool: Pool,
+        env: Mapping[str, str],
+        cwd: str,
+        prelude: str,
+        *,
+        keep: int,
+    ) -> None:
+        """Starts the shell; `on_over`, when set, hears of its end.
+
+        Raises:
+            OSError: there is no room for it.
+        """
+        self._loop = pool.loop
+        self.on_over: Callable[[], None] = lambda: None
+        script_end, self._script = os.pipe2(os.O_CLOEXEC)
+        self._control, status_end = os.pipe2(os.O_CLOEXEC)
+        for fd in (self._script, self._control):
+            os.set_blocking(fd, False)
+        argv = next((s for s in _SHELLS if os.access(s[0], os.X_OK)), _SHELLS[-1])
+        null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
+        self.over = False
+        self._unwritten = b""
+        self._status_line = b""
+        self._on_status: Callable[[int | None], None] | None = None
+        self._deadline: Timer | None = None
+        self._next_sweep: Timer | None = None
+        self.timed_out = False
+        try:
+            self.job = Job(
+                pool,
+                argv,
+                env,
+                cwd,
+                null,
+                keep=keep,
+                on_end=self._end,
+                more=(script_end, status_end),
+            )
+        except OSError:
+            os.close(self._script)
+            os.close(self._control)
+            raise
+        finally:
+            for fd in (null, script_end, status_end):
+                os.close(fd)
+        self._loop.watch(self._control, self._status_readable)
+        self._prelude = prelude
+
+    @property
+    def busy(self) -> bool:
+        """Whether a command runs."""
+        return self._on_status is not None
+
+    def run(
+        self, command: str, timeout_s: float | None, on_status: Callable[[int | None], None]
+    ) -> None:
+        """Runs a command; `on_status` hears its exit status, or None if it was killed."""
+        self._on_status = on_status
+        self.timed_out = False
+        self._began = _ticks()
+        if timeout_s is not None:
+            self._deadline = self._loop.later(timeout_s, self._time_out)
+        text = _SCRIPT.format(self._prelude, command, os.urandom(8).hex(), _RETURN)
+        self._prelude = ""
+        self._unwritten = text.encode("utf-8", "surrogateescape")
+        self._write()
+
+    def _write(self) -> None:
+        try:
+            written = os.write(self._script, self._unwritten)
+        except BlockingIOError:
+            written = 0
+        except BrokenPipeError:
+            written = len(self._unwritten)  # The shell has ended, and `_end` follows.
+        self._unwritten = self._unwritten[written:]
+        if self._unwritten:
+            self._loop.watch(self._script, self._write, WRITE)
+        else:
+            self._loop.unwatch(self._script)
+
+    def _status_readable(self) -> None:
+        data = read_some(self._control)
+        if data == b"":
+            self._loop.unwatch(self._control)
+        # A command cannot write here, but another process of its user may, through /proc.
+        self._status_line = (self._status_line + (data or b""))[-32:]
+        if self._status_line.endswith(b"\n"):
+            line = self._status_line.split()[-1:]
+            self._status_line = b""
+            if self.busy:
+                self._tell(int(line[0]) if line and line[0].isdigit() else None)
+
+    def _tell(self, status: int | None) -> None:
+        for timer in (self._deadline, self._next_sweep):
+            if timer is not None:
+                timer.cancel()
+        on_status, self._on_status = self._on_status, None
+        if not self.over:
+            self.job.out.drain()
+            self.job.err.drain()
+        if on_status is not None:
+            on_status(None if self.timed_out else status)
+
+    def _time_out(self) -> None:
+        self.timed_out = True
+        self.interrupt()
+
+    def interrupt(self) -> None:
+        """Kills what the running command started, and the shell if that does not free it."""
+        if self._deadline is not None:
+            self._deadline.cancel()
+        self._deadline = self._loop.later(_GRACE_S, self.job.kill)
+        self._sweep()
+
+    def _sweep(self) -> None:
+        table = processes.table()
+        above = self.job.supervisor.pid
+        children = [(p.started, pid) for pid, p in table.items() if p.parent == above]
+        if children:
+            # The shell is its supervisor's first child; orphans come later.
+            shell = min(children)[1]
+            with suppress(ProcessLookupError):
+                os.kill(shell, _RETURN)
+            processes.kill(lambda: self._branches(shell))
+        self._next_sweep = self._loop.later(_SWEEP_S, self._sweep)
+
+    def _branches(self, shell: int) -> set[int]:
+        """What the command has started, with all below it; jobs of earlier commands are spared."""
+        table = processes.table()
+        above = (shell, self.job.supervisor.pid)
+        heads = {
+            pid
+            for pid, process in table.items()
+            if process.parent in above and process.started >= self._began and pid != shell
+        }
+        return heads | processes.below(heads, table)
+
+    def close(self) -> None:
+        """Kills the shell with everything in the session."""
+        self.job.kill()
+
+    def _end(self, outcome: Outcome) -> None:
+        self.over = True
+        for fd in (self._script, self._control):
+            self._loop.unwatch(fd)
+            with suppress(OSError):
+                os.close(fd)
+        if self.busy:
+            self._tell(outcome.status)
+        self.on_over()
+
+
+def _ticks() -> int:
+    """The clock tick since boot that it is now, as /proc tells when processes started."""
+    return int(time.clock_gettime(time.CLOCK_BOOTTIME) * os.sysconf("SC_CLK_TCK"))

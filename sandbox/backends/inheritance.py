@@ -1,0 +1,73 @@
+"""What dead services left: adopted by a durable service where it lives, else reaped."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from sandbox import owner
+from sandbox.backends.base import Box
+from sandbox.errors import SandboxError
+from sandbox.workspace import remove_tree
+
+log = logging.getLogger("sandbox")
+
+
+@dataclass
+class Inheritance:
+    """What a service took over.
+
+    Attributes:
+        boxes: Living sandboxes.
+        directories: The directories of dead services that those are in.
+    """
+
+    boxes: list[Box] = field(default_factory=list)
+    directories: list[Path] = field(default_factory=list)
+
+
+async def inherit(
+    state_dir: Path,
+    *,
+    durable: bool,
+    adopt: Callable[[Path, owner.Record], Awaitable[Box]],
+    reap: Callable[[Path, owner.Record | None], Awaitable[None]],
+) -> Inheritance:
+    """Visits every dead service of a state directory.
+
+    The living sandboxes of dead durable services wait for the next durable one; other services
+    leave them alone, and reap what has died meanwhile.
+
+    Args:
+        state_dir: Where services have their directories.
+        durable: Whether the service that asks is.
+        adopt: Attaches to a living sandbox; a `SandboxError` says that it cannot be had.
+        reap: Ends a sandbox and removes its directory.
+    """
+    found = Inheritance()
+    for dead in owner.abandoned(state_dir):
+        kept = owner.is_durable(dead)
+        own = owner.take_over(dead) if kept and durable else dead
+        living = 0
+        for directory in owner.box_directories(own):
+            record = owner.Record.read(directory)
+            if not (kept and record is not None and record.is_alive):
+                log.info("reaping sandbox %s of a dead service", directory.name)
+                await reap(directory, record)
+                continue
+            living += 1
+            if durable:
+                try:
+                    found.boxes.append(await adopt(directory, record))
+                    log.info("adopted sandbox %s of a dead service", directory.name)
+                except SandboxError as error:
+                    log.warning("reaping sandbox %s, lost: %s", directory.name, error)
+                    await reap(directory, record)
+        if living and durable:
+            found.directories.append(own)
+        elif not living:
+            await asyncio.to_thread(remove_tree, own)
+    return found
