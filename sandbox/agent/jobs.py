@@ -6,7 +6,7 @@ import fcntl
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import NamedTuple
 
 from sandbox.agent import processes, supervisor
@@ -55,6 +55,11 @@ class Capture:
         self._loop.unwatch(self._read_end)
         os.close(self._read_end)
 
+    def discard(self) -> None:
+        """Closes both ends of one that no command got."""
+        self.close()
+        os.close(self.write_end)
+
 
 class Outcome(NamedTuple):
     """How a job ended; `status` is None when it was killed on request."""
@@ -63,8 +68,12 @@ class Outcome(NamedTuple):
     complaint: str
 
 
+# Supervisors that are kept for the next commands.
+_MAX_IDLE = 2
+
+
 class Pool:
-    """The supervisors of a sandbox; one waits idle, for a fork would be felt."""
+    """The supervisors of a sandbox; some wait idle, for a fork would be felt."""
 
     def __init__(self, loop: Loop) -> None:
         """Makes an empty pool."""
@@ -93,7 +102,7 @@ class Pool:
 
     def release(self, one: supervisor.Supervisor) -> None:
         """Takes back a supervisor whose job is over."""
-        if self._idle:
+        if len(self._idle) >= _MAX_IDLE:
             self.discard(one)
         else:
             self._idle.append(one)
@@ -154,13 +163,18 @@ class Job:
             OSError: there is no room for it.
         """
         self._pool, self._on_end = pool, on_end
-        self.supervisor = pool.acquire()
+        with ExitStack() as undo:
+            self.out = Capture(pool.loop, keep)
+            undo.callback(self.out.discard)
+            self.err = Capture(pool.loop, keep)
+            undo.callback(self.err.discard)
+            self.supervisor = pool.acquire()
+            undo.pop_all()
         self.started = time.monotonic()
         self._deadline: Timer | None = None
         self._doomed = False
         self.timed_out = False
         self._killed_status: int | None = None
-        self.out, self.err = Capture(pool.loop, keep), Capture(pool.loop, keep)
         pool.loop.watch(self.supervisor.socket.fileno(), self._reported)
         fds = [stdin, self.out.write_end, self.err.write_end, *more]
         try:

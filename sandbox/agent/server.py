@@ -118,7 +118,6 @@ class Server:
             size = len(complaint)
             streams = {"out": [0, 0, 0], "err": [size, 0, size]}
             self._answer(operation, {"exit": 126, "duration": 0.0, **streams}, complaint)
-        self._pool.prepare()
 
     def _cancel(self, operation: str) -> None:
         stop = self._running.get(operation)
@@ -148,7 +147,6 @@ class Server:
             self._answer_command(
                 operation, job, result, started=job.started, timed_out=job.timed_out
             )
-            self._pool.prepare()
 
         try:
             env = {**os.environ, **header["env"]}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 
 from sandbox.agent import processes
 from sandbox.agent.jobs import Job, Outcome, Pool
@@ -57,12 +57,7 @@ class Session:
         """
         self._loop = pool.loop
         self.on_over: Callable[[], None] = lambda: None
-        script_end, self._script = os.pipe2(os.O_CLOEXEC)
-        self._control, status_end = os.pipe2(os.O_CLOEXEC)
-        for fd in (self._script, self._control):
-            os.set_blocking(fd, False)
-        argv = next((s for s in _SHELLS if os.access(s[0], os.X_OK)), _SHELLS[-1])
-        null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
+        self._prelude = prelude
         self.over = False
         self._unwritten = b""
         self._status_line = b""
@@ -70,26 +65,22 @@ class Session:
         self._deadline: Timer | None = None
         self._next_sweep: Timer | None = None
         self.timed_out = False
-        try:
-            self.job = Job(
-                pool,
-                argv,
-                env,
-                cwd,
-                null,
-                keep=keep,
-                on_end=self._end,
-                more=(script_end, status_end),
-            )
-        except OSError:
-            os.close(self._script)
-            os.close(self._control)
-            raise
-        finally:
-            for fd in (null, script_end, status_end):
-                os.close(fd)
+        argv = next((s for s in _SHELLS if os.access(s[0], os.X_OK)), _SHELLS[-1])
+        with ExitStack() as theirs, ExitStack() as ours:
+            null = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
+            theirs.callback(os.close, null)
+            script_end, self._script = os.pipe2(os.O_CLOEXEC)
+            theirs.callback(os.close, script_end)
+            ours.callback(os.close, self._script)
+            self._control, status_end = os.pipe2(os.O_CLOEXEC)
+            theirs.callback(os.close, status_end)
+            ours.callback(os.close, self._control)
+            os.set_blocking(self._script, False)
+            os.set_blocking(self._control, False)
+            more = (script_end, status_end)
+            self.job = Job(pool, argv, env, cwd, null, keep=keep, on_end=self._end, more=more)
+            ours.pop_all()
         self._loop.watch(self._control, self._status_readable)
-        self._prelude = prelude
 
     @property
     def busy(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import compileall
 import os
 import shutil
 from collections.abc import Awaitable, Callable, Sequence
@@ -169,6 +170,8 @@ def install_agent(directory: Path) -> None:
         if file.name.endswith(".py"):
             (package / "agent" / file.name).write_text(file.read_text())
     shutil.copyfile(package / "agent/__main__.py", directory / "__main__.py")
+    # For interpreters of this version; others compile it at every start.
+    compileall.compile_dir(directory, quiet=2)
     for parent, _, names in os.walk(directory):
         os.chmod(parent, 0o755)
         for name in names:

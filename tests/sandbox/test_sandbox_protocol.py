@@ -1,0 +1,166 @@
+"""Frames, and the service's end of the line against an agent that says anything."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import tempfile
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sandbox.agent.results import Results
+from sandbox.errors import SandboxError, SandboxGone, SandboxLost, SandboxRefused
+from sandbox.link import Link
+from sandbox.protocol import MAX_HEADER, Decoder, ProtocolError, encode
+
+_HEADERS = st.dictionaries(st.text(), st.none() | st.integers() | st.text() | st.lists(st.text()))
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(_HEADERS, st.binary(max_size=300))), st.integers(1, 50))
+def test_frames_survive_any_cut(frames: list[tuple[dict[str, object], bytes]], step: int) -> None:
+    stream = b"".join(encode(header, payload) for header, payload in frames)
+    decoder = Decoder(1000)
+    read = []
+    for start in range(0, len(stream), step):
+        read += decoder.feed(stream[start : start + step])
+    assert read == frames
+
+
+@pytest.mark.parametrize(
+    "stream",
+    [
+        b"\0\0\0\x01\0\0\0\0[",
+        encode({}).replace(b"{}", b"[]"),
+        (MAX_HEADER + 1).to_bytes(4, "big") + bytes(4),
+        bytes(4) + (1001).to_bytes(4, "big"),
+        b"\0\0\0\x01\0\0\0\0\xff",
+        b"\0\1\0\0\0\0\0\0" + b"[" * 65536,
+        b"GET / HTTP/1.1\r\n\r\n",
+    ],
+)
+def test_what_is_no_frame_is_refused(stream: bytes) -> None:
+    with pytest.raises(ProtocolError):
+        Decoder(1000).feed(stream)
+
+
+class _Agent:
+    """An agent of the test's own: this process, which the line takes for the sandbox's."""
+
+    def __init__(self, directory: Path) -> None:
+        self.socket = socket.socket(socket.AF_UNIX)
+        self.socket.connect(str(directory / "agent.sock"))
+        self.socket.setblocking(False)
+
+    async def send(self, data: bytes) -> None:
+        await asyncio.get_running_loop().sock_sendall(self.socket, data)
+
+    async def request(self) -> dict[str, object]:
+        decoder = Decoder(1 << 20)
+        while True:
+            data = await asyncio.get_running_loop().sock_recv(self.socket, 1 << 16)
+            for header, _ in decoder.feed(data):
+                return header
+
+
+async def _line(directory: Path) -> tuple[Link, _Agent]:
+    link = Link(directory, owner=None, max_payload=1000)
+    agent = _Agent(directory)
+    await agent.send(encode({"hello": 1}))
+    await link.connected(lambda pid: pid == os.getpid())
+    return link, agent
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"\xff" * 100,
+        encode({"hello": 99}),
+        encode({"id": "a"}, bytes(100_000)),
+        bytes(4) + (1 << 31).to_bytes(4, "big"),
+    ],
+)
+def test_an_agent_that_breaks_the_protocol_loses_the_sandbox(answer: bytes) -> None:
+    async def main(directory: Path) -> None:
+        link, agent = await _line(directory)
+        asked = asyncio.create_task(link.call({"op": "exec", "id": "a"}, timeout_s=5))
+        await agent.request()
+        await agent.send(answer)
+        with pytest.raises(SandboxLost):
+            await asked
+        with pytest.raises(SandboxLost):
+            await link.call({"op": "exec"}, timeout_s=5)
+
+    with tempfile.TemporaryDirectory() as directory:
+        asyncio.run(main(Path(directory)))
+
+
+def test_answers_to_nobody_are_ignored_and_errors_have_their_kind() -> None:
+    async def main(directory: Path) -> None:
+        link, agent = await _line(directory)
+        asked = asyncio.create_task(link.call({"op": "exec", "id": "a"}, timeout_s=5))
+        await agent.request()
+        for noise in ({"id": "b"}, {}, {"id": None}, {"id": ["a"]}):
+            await agent.send(encode(noise))
+        await agent.send(encode({"id": "a", "error": "refused", "message": "no."}))
+        with pytest.raises(SandboxRefused, match="no"):
+            await asked
+        asked = asyncio.create_task(link.call({"op": "exec", "id": "c"}, timeout_s=5))
+        assert (await agent.request())["ack"] == ["a"]
+        await agent.send(encode({"id": "c", "error": "of a kind of its own"}))
+        with pytest.raises(SandboxError):
+            await asked
+        link.fail(SandboxGone("over"))
+
+    with tempfile.TemporaryDirectory() as directory:
+        asyncio.run(main(Path(directory)))
+
+
+def test_requests_survive_a_broken_connection_and_end_with_the_agent() -> None:
+    async def main(directory: Path) -> None:
+        link, agent = await _line(directory)
+        asked = asyncio.create_task(link.call({"op": "exec", "id": "a"}, timeout_s=9))
+        await agent.request()
+        agent.socket.close()
+        again = _Agent(directory)
+        await again.send(encode({"hello": 1}))
+        assert (await again.request())["id"] == "a"
+        await again.send(encode({"id": "a", "said": 1}))
+        assert (await asked)[0]["said"] == 1
+        asked = asyncio.create_task(link.call({"op": "exec"}, timeout_s=9))
+        await again.request()
+        again.socket.close()
+        with pytest.raises(SandboxLost, match="gone"):
+            await asked
+
+    with tempfile.TemporaryDirectory() as directory:
+        asyncio.run(main(Path(directory)))
+
+
+def test_an_agent_that_does_not_answer_is_not_waited_for() -> None:
+    async def main(directory: Path) -> None:
+        link, agent = await _line(directory)
+        with pytest.raises(SandboxLost, match="does not answer"):
+            await link.call({"op": "exec"}, timeout_s=0.1)
+        link.fail(SandboxGone("over"))
+        agent.socket.close()
+
+    with tempfile.TemporaryDirectory() as directory:
+        asyncio.run(main(Path(directory)))
+
+
+def test_results_are_kept_until_acknowledged_and_never_run_twice() -> None:
+    results = Results()
+    results.add("a", b"x")
+    assert results.get("a") == b"x" and results.get("b") is None
+    results.acknowledge("a")
+    results.acknowledge("a")
+    assert results.get("a") is None
+    for n in range(12):
+        results.add(f"big{n}", bytes(1 << 20))
+    assert b'"gone"' in (results.get("big0") or b"")
+    assert results.get("big11") == bytes(1 << 20)
