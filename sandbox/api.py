@@ -194,7 +194,7 @@ class ExecResult:
         stdout: Kept text, with one marker line in place of a left-out middle.
         stderr: The same for standard error.
         timed_out: Whether it was killed at `timeout_s`.
-        duration_s: Wall-clock seconds, measured by the service.
+        duration_s: Wall-clock seconds, measured inside the sandbox.
         stdout_bytes: Bytes printed, kept or not.
         stderr_bytes: The same for standard error.
     """

@@ -5,9 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Coroutine, Mapping
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 from sandbox.api import (
     ExecRequest,
@@ -26,8 +25,6 @@ from sandbox.workspace import Workspace
 
 log = logging.getLogger("sandbox")
 
-T = TypeVar("T")
-
 # Linux takes at most 131072 bytes in one argument of a program.
 _MAX_COMMAND = 120_000
 
@@ -40,7 +37,6 @@ class _Entry:
     info: SandboxInfo
     box: Box
     expiry: asyncio.TimerHandle
-    work: set[asyncio.Task[Any]] = field(default_factory=set)
 
 
 class Registry:
@@ -134,27 +130,27 @@ class Registry:
         limit = entry.info.spec.limits.output_bytes
         if request.output_bytes is not None and request.output_bytes > limit:
             raise SandboxRefused(f"output_bytes: may not be over the sandbox's limit of {limit}.")
-        return await self._work(entry, entry.box.exec(request))
+        return await entry.box.exec(request)
 
     async def open_session(self, sandbox_id: str, name: str, request: SessionRequest) -> None:
         """Starts a session under a name of its own."""
         entry = self._entry(sandbox_id)
         check_session(name)
         _check_size(entry, "", {**entry.info.spec.env, **request.env})
-        await self._work(entry, entry.box.open_session(name, request))
+        await entry.box.open_session(name, request)
 
     async def run(self, sandbox_id: str, name: str, request: RunRequest) -> SessionResult:
         """Runs a command in a session."""
         entry = self._entry(sandbox_id)
         check_session(name)
         _check_size(entry, request.command, {})
-        return await self._work(entry, entry.box.run(name, request))
+        return await entry.box.run(name, request)
 
     async def close_session(self, sandbox_id: str, name: str) -> None:
         """Ends a session; one that is not there is no error."""
         entry = self._entry(sandbox_id)
         check_session(name)
-        await self._work(entry, entry.box.close_session(name))
+        await entry.box.close_session(name)
 
     async def cancel(self, sandbox_id: str, operation: str) -> None:
         """Ends an operation that its caller has given up."""
@@ -183,19 +179,6 @@ class Registry:
         except KeyError:
             raise SandboxGone(f"there is no sandbox {sandbox_id}; it may have expired.") from None
 
-    async def _work(self, entry: _Entry, work: Coroutine[Any, Any, T]) -> T:
-        task = asyncio.ensure_future(work)
-        entry.work.add(task)
-        try:
-            return await task
-        except asyncio.CancelledError:
-            # Either the sandbox closed under the caller, or the caller itself went away.
-            if entry.info.id not in self._entries and not _being_cancelled():
-                raise SandboxGone(f"sandbox {entry.info.id} was closed meanwhile.") from None
-            raise
-        finally:
-            entry.work.discard(task)
-
     def _start_close(self, sandbox_id: str) -> None:
         entry = self._entries.pop(sandbox_id, None)
         if entry is not None:
@@ -218,10 +201,6 @@ class Registry:
 
     async def _close(self, entry: _Entry) -> None:
         try:
-            for task in entry.work:
-                task.cancel()
-            if entry.work:
-                await asyncio.wait(set(entry.work))
             await entry.box.close()
         except (SandboxError, OSError):
             log.exception("sandbox %s could not be removed wholly", entry.info.id)
@@ -237,8 +216,3 @@ def _check_size(entry: _Entry, command: str, env: Mapping[str, str]) -> None:
             f"command: takes {size} bytes with its environment, over {_MAX_COMMAND}; "
             "write a file and run that."
         )
-
-
-def _being_cancelled() -> bool:
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0

@@ -131,7 +131,8 @@ def serve(
 
     Args:
         backend: "local" or "docker".
-        isolation: Of the local backend: "auto", "bubblewrap" or "none".
+        isolation: Of the local backend; "auto" is "bubblewrap": whom one serves to must know of
+            "none".
         host: Address to bind; other than loopback needs a token.
         port: Port to bind; 0 takes a free one.
         token: Bearer token to ask for.
@@ -147,7 +148,12 @@ def serve(
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, stop.set)
-        chosen = open_backend(backend, isolation=isolation, state_dir=state_dir, durable=True)
+        chosen = open_backend(
+            backend,
+            isolation="bubblewrap" if isolation == "auto" else isolation,
+            state_dir=state_dir,
+            durable=True,
+        )
         async with running(chosen, host=host, port=port, token=token) as url:
             announce(f"sandbox service ({backend}, isolation {chosen.isolation}) at {url}")
             await stop.wait()

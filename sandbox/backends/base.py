@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import compileall
+import math
 import os
 import shutil
 from collections.abc import Awaitable, Callable, Sequence
@@ -100,7 +101,10 @@ class Box:
         await self.link.call({"op": "close", "session": name}, timeout_s=GRACE_S)
 
     async def close(self) -> None:
-        """Kills what runs and removes everything; called once."""
+        """Kills what runs and removes everything; called once.
+
+        What waits for a command hears `SandboxGone`.
+        """
         self.link.end()
         self.link.fail(SandboxGone(f"sandbox {self.info.id} was closed meanwhile."))
         await self._close()
@@ -266,14 +270,17 @@ def _command(answer: Answer) -> dict[str, Any]:
             place = end
         timed_out = header.get("timed_out") is True
         code = header["exit"]
-        if not (code is None or isinstance(code, int)):
+        if not (code is None or (isinstance(code, int) and 0 <= code <= 255)):
             raise ValueError(code)
+        duration_s = float(header["duration"])
+        if not math.isfinite(duration_s):
+            raise ValueError(duration_s)
         return {
             "exit_code": None if timed_out else 137 if code is None else code,
             "stdout": text_of(*streams[0]),
             "stderr": text_of(*streams[1]),
             "timed_out": timed_out,
-            "duration_s": float(header["duration"]),
+            "duration_s": duration_s,
             "stdout_bytes": streams[0][2],
             "stderr_bytes": streams[1][2],
         }

@@ -83,7 +83,10 @@ class LocalBackend:
         if self.isolation == "bubblewrap":
             problem = bubblewrap.problem(_drop(_FIRST_UID if self._root else None))
             if problem and not self._may_fall_back:
-                raise SandboxUnavailable(f"bubblewrap isolation cannot be had: {problem}.")
+                raise SandboxUnavailable(
+                    f"bubblewrap isolation cannot be had: {problem}; only isolation none, "
+                    "which isolates nothing, needs no bubblewrap."
+                )
             if problem:
                 self.isolation = "none"
         if self.isolation == "none":

@@ -190,6 +190,17 @@ def test_addresses_that_cannot_be_served() -> None:
         serve(backend="local", host="0.0.0.0", port=0)
 
 
+def test_only_who_asks_for_it_is_served_without_isolation(
+    state_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("PATH", str(state_dir))
+    with pytest.raises(SandboxUnavailable, match="bwrap is not installed"):
+        serve(backend="local", port=0, state_dir=state_dir)
+    # For oneself it will do, with a word.
+    with embedded("local", state_dir=state_dir):
+        assert "not isolated" in caplog.text
+
+
 def test_no_service_at_the_address() -> None:
     with embedded("local") as url:
         pass

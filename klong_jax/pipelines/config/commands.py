@@ -247,7 +247,7 @@ class SandboxConfig(Section):
     backend: Literal["local", "docker"]
     """What sandboxes are made of."""
     isolation: Literal["auto", "bubblewrap", "none"]
-    """Of the local backend; auto takes bubblewrap where it works."""
+    """Of the local backend; auto is bubblewrap, none runs commands as plain processes."""
     host: str
     """Address to serve on; one that others can reach needs a token."""
     port: int = Field(ge=0, le=65535)
