@@ -9,7 +9,8 @@ import io
 import json
 import secrets
 import tarfile
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
@@ -63,6 +64,9 @@ __all__ = [
     "SessionResult",
     "tar_of",
 ]
+
+# Hears "stdout" or "stderr" and a piece of text that a command has printed.
+OnOutput = Callable[[str, str], None]
 
 # Past a command's own deadline: time to kill it and to answer.
 _GRACE_S = 60.0
@@ -163,20 +167,49 @@ class SandboxClient:
         query: Mapping[str, str] | None = None,
         timeout_s: float | None = None,
     ) -> bytes:
+        async with self._answer(method, path, body, query, timeout_s) as response:
+            return await response.read()
+
+    async def _stream(
+        self, on_output: OnOutput, method: str, path: str, body: bytes, *, timeout_s: float
+    ) -> bytes:
+        """Passes on what a command prints while it runs; returns its result."""
+        unread = b""
+        async with self._answer(method, path, body, {"stream": "1"}, timeout_s) as response:
+            async for chunk in response.content.iter_any():
+                *lines, unread = (unread + chunk).split(b"\n")
+                for line in map(json.loads, lines):
+                    if "stream" in line:
+                        on_output(line["stream"], line["text"])
+                    elif "result" in line:
+                        return json.dumps(line["result"]).encode()
+                    else:
+                        raise BY_KIND[line["kind"]](line["error"])
+        raise SandboxUnavailable("the answer of the sandbox service was cut.")
+
+    @contextlib.asynccontextmanager
+    async def _answer(
+        self,
+        method: str,
+        path: str,
+        body: bytes | None,
+        query: Mapping[str, str] | None,
+        timeout_s: float | None,
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        """An answer that is no error, with every failure as one of this package's."""
         timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=10)
         try:
             async with self._pool().request(
                 method, self.base_url + path, data=body, params=query, timeout=timeout
             ) as response:
-                data = await response.read()
+                if response.status >= 400:
+                    raise _error(response.status, await response.read())
+                yield response
         except (aiohttp.ClientError, TimeoutError) as error:
             raise SandboxUnavailable(
                 f"the sandbox service at {self.base_url} does not answer "
                 f"({error or type(error).__name__})."
             ) from error
-        if response.status >= 400:
-            raise _error(response.status, data)
-        return data
 
     async def _command(
         self,
@@ -186,11 +219,13 @@ class SandboxClient:
         sandbox: Sandbox,
         *,
         timeout_s: float,
+        on_output: OnOutput | None = None,
     ) -> bytes:
         """Sends a command; asks again for its result if this client reconnects."""
+        send = self._request if on_output is None else partial(self._stream, on_output)
         if self._reconnect_s <= 0:
             body = json.dumps(to_json(request)).encode()
-            return await self._request(method, path, body, timeout_s=timeout_s)
+            return await send(method, path, body, timeout_s=timeout_s)
         operation, arrived = new_operation(), tuple(sandbox._arrived)
         request = dataclasses.replace(request, operation=operation, acknowledge=arrived)
         body = json.dumps(to_json(request)).encode()
@@ -198,7 +233,7 @@ class SandboxClient:
         answered_at = loop.time()
         while True:
             try:
-                answer = await self._request(method, path, body, timeout_s=timeout_s)
+                answer = await send(method, path, body, timeout_s=timeout_s)
             except SandboxUnavailable:
                 if loop.time() > answered_at + self._reconnect_s:
                     raise
@@ -252,6 +287,7 @@ class Sandbox:
         env: Mapping[str, str] | None = None,
         stdin: str = "",
         output_bytes: int | None = None,
+        on_output: OnOutput | None = None,
     ) -> ExecResult:
         """Runs `sh -c command` in the workspace; what it leaves running is killed with it.
 
@@ -262,6 +298,8 @@ class Sandbox:
             env: Variables on top of the sandbox's.
             stdin: Text on standard input.
             output_bytes: Bytes kept of each stream; None is the sandbox's limit.
+            on_output: Called with "stdout" or "stderr" and text as it is printed, up to half of
+                `output_bytes` of each stream. The result holds it all the same.
 
         Returns:
             The result, whatever the exit code: a failing command is no error.
@@ -275,7 +313,12 @@ class Sandbox:
             output_bytes=output_bytes,
         )
         answer = await self._client._command(
-            "POST", f"{self._path}/exec", request, self, timeout_s=timeout_s + _GRACE_S
+            "POST",
+            f"{self._path}/exec",
+            request,
+            self,
+            timeout_s=timeout_s + _GRACE_S,
+            on_output=on_output,
         )
         # The service is trusted and this is the hot path: no validation.
         return ExecResult(**json.loads(answer))
@@ -350,13 +393,16 @@ class Session:
         """Ends the session."""
         await self.close()
 
-    async def run(self, command: str, *, timeout_s: float = 60.0) -> SessionResult:
+    async def run(
+        self, command: str, *, timeout_s: float = 60.0, on_output: OnOutput | None = None
+    ) -> SessionResult:
         """Runs a command in the shell; its directory, variables and background jobs last.
 
         Args:
             command: Shell text; its standard input is empty.
             timeout_s: Seconds until what it started is killed; the result then says `timed_out`,
                 and `ended` if the shell had to be killed with it.
+            on_output: As in `Sandbox.exec`.
 
         Raises:
             SandboxSessionEnded: the shell has ended, or was never started.
@@ -367,6 +413,7 @@ class Session:
             RunRequest(command=command, timeout_s=timeout_s),
             self._sandbox,
             timeout_s=timeout_s + _GRACE_S,
+            on_output=on_output,
         )
         return SessionResult(**json.loads(answer))
 

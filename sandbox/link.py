@@ -33,6 +33,9 @@ _CREDENTIALS = struct.Struct("3i")
 
 Answer = tuple[Header, bytes]
 
+# Called with "stdout" or "stderr" and bytes that a command has printed.
+OnOutput = Callable[[str, bytes], None]
+
 
 class Link:
     """Requests to one agent, which survive a broken connection."""
@@ -47,6 +50,8 @@ class Link:
         """
         self._max_payload = max_payload + _SLACK
         self._outstanding: dict[str, tuple[bytes, asyncio.Future[Answer]]] = {}
+        # Who hears an operation's output, and how many bytes more of it.
+        self._listeners: dict[str, tuple[OnOutput, int]] = {}
         self._received: list[str] = []
         self._wire: _Wire | None = None
         self._is_agent: Callable[[int], bool] | None = None
@@ -71,7 +76,13 @@ class Link:
         await self._ready
 
     async def call(
-        self, header: Header, payload: bytes = b"", *, timeout_s: float, keep: bool = False
+        self,
+        header: Header,
+        payload: bytes = b"",
+        *,
+        timeout_s: float,
+        keep: bool = False,
+        on_output: OnOutput | None = None,
     ) -> Answer:
         """Sends a request and waits for its answer.
 
@@ -82,6 +93,7 @@ class Link:
             payload: Bytes that go with it.
             timeout_s: Seconds until the agent, not the command, is held to have failed.
             keep: Whether the agent keeps the answer until it is acknowledged by a later `ack`.
+            on_output: Hears what the command prints while it runs, as far as its head is kept.
 
         Raises:
             SandboxLost: the sandbox ended, or its agent does not answer.
@@ -93,6 +105,9 @@ class Link:
         if self._received:
             header["ack"] = [*header.get("ack", ()), *self._received]
             self._received.clear()
+        if on_output is not None:
+            header["stream"] = True
+            self._listeners[operation] = on_output, self._max_payload
         _, future = self._outstanding.get(operation, (b"", None))
         if future is None:
             future = asyncio.get_running_loop().create_future()
@@ -109,6 +124,8 @@ class Link:
             if not keep:
                 await self._cancel(operation, future)
             raise
+        finally:
+            self._listeners.pop(operation, None)
         if not keep:
             self._received.append(operation)
         if "error" in answer:
@@ -163,7 +180,7 @@ class Link:
         """Takes one frame of the agent.
 
         Raises:
-            ProtocolError: it speaks another version.
+            ProtocolError: it speaks another version, or more than it may.
         """
         if "hello" in header:
             if header["hello"] != VERSION:
@@ -173,9 +190,22 @@ class Link:
             if not self._ready.done():
                 self._ready.set_result(None)
             return
-        _, future = self._outstanding.get(str(header.get("id")), (b"", None))
+        operation = str(header.get("id"))
+        if "stream" in header:
+            self._hear(operation, str(header["stream"]), payload)
+            return
+        _, future = self._outstanding.get(operation, (b"", None))
         if future is not None and not future.done():
             future.set_result((header, payload))
+
+    def _hear(self, operation: str, name: str, payload: bytes) -> None:
+        if operation not in self._listeners:
+            return
+        on_output, left = self._listeners[operation]
+        if name not in ("stdout", "stderr") or not 0 < len(payload) <= left:
+            raise ProtocolError("output that is none, or more than it may")
+        self._listeners[operation] = on_output, left - len(payload)
+        on_output(name, payload)
 
     def lost(self, wire: _Wire) -> None:
         """A connection broke; an agent that lives dials again."""

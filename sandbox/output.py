@@ -17,17 +17,18 @@ class HeadTail:
         self._head = bytearray()
         self._tail = bytearray()
 
-    def feed(self, data: bytes) -> None:
-        """Adds the next bytes of the stream."""
+    def feed(self, data: bytes) -> bytes:
+        """Adds the next bytes of the stream; returns those that belong to the head."""
         self.total += len(data)
         room = self._head_size - len(self._head)
-        if room > 0:
-            self._head += data[:room]
-            data = data[room:]
+        fresh = data[:room] if room > 0 else b""
+        self._head += fresh
+        data = data[len(fresh) :]
         self._tail += data[-self._tail_size :]
         # Trimming only at twice the size makes the cost a byte constant.
         if len(self._tail) > 2 * self._tail_size:
             del self._tail[: -self._tail_size]
+        return fresh
 
     def take(self) -> tuple[bytes, bytes, int]:
         """Head, tail and the number of bytes fed; begins anew."""

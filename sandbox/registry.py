@@ -21,6 +21,7 @@ from sandbox.api import (
 )
 from sandbox.backends.base import Backend, Box
 from sandbox.errors import SandboxError, SandboxGone, SandboxRefused, SandboxUnavailable
+from sandbox.link import OnOutput
 from sandbox.workspace import Workspace
 
 log = logging.getLogger("sandbox")
@@ -123,14 +124,16 @@ class Registry:
         """The files of a sandbox."""
         return self._entry(sandbox_id).box.workspace
 
-    async def exec(self, sandbox_id: str, request: ExecRequest) -> ExecResult:
+    async def exec(
+        self, sandbox_id: str, request: ExecRequest, on_output: OnOutput | None = None
+    ) -> ExecResult:
         """Runs one command; closing the sandbox ends it with `SandboxGone`."""
         entry = self._entry(sandbox_id)
         _check_size(entry, request.command, {**entry.info.spec.env, **request.env})
         limit = entry.info.spec.limits.output_bytes
         if request.output_bytes is not None and request.output_bytes > limit:
             raise SandboxRefused(f"output_bytes: may not be over the sandbox's limit of {limit}.")
-        return await entry.box.exec(request)
+        return await entry.box.exec(request, on_output)
 
     async def open_session(self, sandbox_id: str, name: str, request: SessionRequest) -> None:
         """Starts a session under a name of its own."""
@@ -139,12 +142,14 @@ class Registry:
         _check_size(entry, "", {**entry.info.spec.env, **request.env})
         await entry.box.open_session(name, request)
 
-    async def run(self, sandbox_id: str, name: str, request: RunRequest) -> SessionResult:
+    async def run(
+        self, sandbox_id: str, name: str, request: RunRequest, on_output: OnOutput | None = None
+    ) -> SessionResult:
         """Runs a command in a session."""
         entry = self._entry(sandbox_id)
         check_session(name)
         _check_size(entry, request.command, {})
-        return await entry.box.run(name, request)
+        return await entry.box.run(name, request, on_output)
 
     async def close_session(self, sandbox_id: str, name: str) -> None:
         """Ends a session; one that is not there is no error."""

@@ -3,23 +3,34 @@
 from __future__ import annotations
 
 import asyncio
+import codecs
 import contextlib
 import errno
+import functools
 import hmac
+import json
 import logging
 import signal
 import tempfile
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from io import BytesIO
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Any, BinaryIO, Literal
 
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
 from sandbox import archive
-from sandbox.api import ExecRequest, RunRequest, SandboxSpec, SessionRequest, parse, to_json
+from sandbox.api import (
+    ExecRequest,
+    ExecResult,
+    RunRequest,
+    SandboxSpec,
+    SessionRequest,
+    parse,
+    to_json,
+)
 from sandbox.backends import Backend, BackendName, open_backend
 from sandbox.errors import (
     SandboxError,
@@ -28,6 +39,7 @@ from sandbox.errors import (
     SandboxUnauthorised,
     SandboxUnavailable,
 )
+from sandbox.link import OnOutput
 from sandbox.registry import Registry
 from sandbox.workspace import Workspace
 
@@ -294,10 +306,48 @@ async def _close(request: web.Request) -> web.Response:
     return web.json_response({})
 
 
-async def _exec(request: web.Request) -> web.Response:
+async def _exec(request: web.Request) -> web.StreamResponse:
     command = parse(ExecRequest, await request.read())
-    result = await request.app[_REGISTRY].exec(request.match_info["id"], command)
-    return web.json_response(to_json(result))
+    work = functools.partial(request.app[_REGISTRY].exec, request.match_info["id"], command)
+    return await _result(request, work)
+
+
+async def _result(
+    request: web.Request, work: Callable[[OnOutput | None], Awaitable[ExecResult]]
+) -> web.StreamResponse:
+    """Answers with a command's result; with `?stream=1` by lines, the output as it comes first.
+
+    Each line is an object: `{"stream": "stdout", "text": ...}` any number of times, then
+    `{"result": ...}` or an error as in other answers.
+    """
+    if request.query.get("stream") != "1":
+        return web.json_response(to_json(await work(None)))
+    lines: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
+    decoders = {
+        name: codecs.getincrementaldecoder("utf-8")("replace") for name in ("stdout", "stderr")
+    }
+
+    def on_output(name: str, data: bytes) -> None:
+        lines.put_nowait({"stream": name, "text": decoders[name].decode(data)})
+
+    response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
+    task = asyncio.ensure_future(work(on_output))
+    task.add_done_callback(lambda _: lines.put_nowait(None))
+    try:
+        await response.prepare(request)
+        while (line := await lines.get()) is not None:
+            await response.write(json.dumps(line).encode() + b"\n")
+        try:
+            line = {"result": to_json(task.result())}
+        except SandboxError as error:
+            line = {"error": str(error), "kind": error.kind}
+        await response.write(json.dumps(line).encode() + b"\n")
+        await response.write_eof()
+    finally:
+        # The caller went away, and its command with it.
+        task.cancel()
+        await asyncio.wait([task])
+    return response
 
 
 async def _cancel(request: web.Request) -> web.Response:
@@ -313,11 +363,11 @@ async def _open_session(request: web.Request) -> web.Response:
     return web.json_response({}, status=201)
 
 
-async def _run(request: web.Request) -> web.Response:
+async def _run(request: web.Request) -> web.StreamResponse:
     match = request.match_info
     command = parse(RunRequest, await request.read())
-    result = await request.app[_REGISTRY].run(match["id"], match["name"], command)
-    return web.json_response(to_json(result))
+    work = functools.partial(request.app[_REGISTRY].run, match["id"], match["name"], command)
+    return await _result(request, work)
 
 
 async def _close_session(request: web.Request) -> web.Response:

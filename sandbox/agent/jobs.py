@@ -30,6 +30,8 @@ class Capture:
         """Opens the pipe; `write_end` is for the command."""
         self._loop = loop
         self.kept = HeadTail(limit)
+        # Hears the head as it is printed.
+        self.on_head: Callable[[bytes], None] | None = None
         self._read_end, self.write_end = os.pipe2(os.O_CLOEXEC)
         os.set_blocking(self._read_end, False)
         with suppress(OSError):
@@ -39,7 +41,9 @@ class Capture:
     def _readable(self) -> bool:
         data = read_some(self._read_end)
         if data:
-            self.kept.feed(data)
+            head = self.kept.feed(data)
+            if head and self.on_head is not None:
+                self.on_head(head)
         elif data is not None:
             self._loop.unwatch(self._read_end)
         return bool(data)

@@ -162,7 +162,18 @@ class Server:
         finally:
             os.close(stdin)
         job.limit(header["timeout"])
+        self._stream(operation, header, job)
         self._running[operation] = job.kill
+
+    def _stream(self, operation: str, header: Header, job: Job) -> None:
+        """Sends the heads of a command's output as they come, if the service asks for them."""
+
+        def sender(name: str) -> Callable[[bytes], None]:
+            frame = {"id": operation, "stream": name}
+            return lambda head: self._connection.send(encode(frame, head))
+
+        for name, capture in (("stdout", job.out), ("stderr", job.err)):
+            capture.on_head = sender(name) if header.get("stream") else None
 
     def _answer_command(
         self, operation: str, job: Job, result: Header, *, started: float, timed_out: bool
@@ -222,6 +233,7 @@ class Server:
             )
 
         self._running[operation] = session.interrupt
+        self._stream(operation, header, session.job)
         session.run(payload.decode("utf-8", "surrogateescape"), header["timeout"], on_status)
 
     def _close(self, operation: str, header: Header, _payload: bytes) -> None:

@@ -24,7 +24,7 @@ from sandbox.api import (
     SessionResult,
 )
 from sandbox.errors import SandboxError, SandboxGone, SandboxLost
-from sandbox.link import GRACE_S, Answer, Link
+from sandbox.link import GRACE_S, Answer, Link, OnOutput
 from sandbox.output import text_of
 from sandbox.workspace import Workspace, split_path
 
@@ -61,7 +61,7 @@ class Box:
         self.info, self.workspace, self.link = info, workspace, link
         self._close, self._root, self._prelude = close, root, prelude
 
-    async def exec(self, request: ExecRequest) -> ExecResult:
+    async def exec(self, request: ExecRequest, on_output: OnOutput | None = None) -> ExecResult:
         """Runs one command; everything it started is dead when this returns or is cancelled."""
         argv = ["/bin/sh", "-c", request.command]
         if self._prelude:
@@ -75,7 +75,8 @@ class Box:
             "keep": request.output_bytes or self.info.spec.limits.output_bytes,
         }
         stdin = request.stdin.encode()
-        return ExecResult(**_command(await self._call(header, request, stdin, request.timeout_s)))
+        answer = await self._call(header, request, stdin, request.timeout_s, on_output)
+        return ExecResult(**_command(answer))
 
     async def open_session(self, name: str, request: SessionRequest) -> None:
         """Starts a shell that lives until it is closed."""
@@ -89,11 +90,13 @@ class Box:
         }
         await self._call(header, request)
 
-    async def run(self, name: str, request: RunRequest) -> SessionResult:
+    async def run(
+        self, name: str, request: RunRequest, on_output: OnOutput | None = None
+    ) -> SessionResult:
         """Runs a command in a session's shell."""
         header = {"op": "run", "session": name, "timeout": request.timeout_s}
         text = request.command.encode()
-        answer = await self._call(header, request, text, request.timeout_s)
+        answer = await self._call(header, request, text, request.timeout_s, on_output)
         return SessionResult(**_command(answer), ended=answer[0].get("ended") is True)
 
     async def close_session(self, name: str) -> None:
@@ -119,13 +122,16 @@ class Box:
         request: ExecRequest | SessionRequest | RunRequest,
         payload: bytes = b"",
         timeout_s: float = 0.0,
+        on_output: OnOutput | None = None,
     ) -> Answer:
         keep = request.operation is not None
         if keep:
             header["id"] = request.operation
         if request.acknowledge:
             header["ack"] = list(request.acknowledge)
-        return await self.link.call(header, payload, timeout_s=timeout_s + GRACE_S, keep=keep)
+        return await self.link.call(
+            header, payload, timeout_s=timeout_s + GRACE_S, keep=keep, on_output=on_output
+        )
 
 
 class Backend(Protocol):

@@ -10,7 +10,16 @@ from typing import Any
 import pytest
 from sandbox_helpers import Service, in_box, sleepers, unique_sleep, wait_until
 
-from sandbox.client import Limits, Sandbox, SandboxClient, SandboxGone, SandboxRefused, SandboxSpec
+from sandbox.client import (
+    ExecResult,
+    Limits,
+    Sandbox,
+    SandboxClient,
+    SandboxGone,
+    SandboxRefused,
+    SandboxSessionEnded,
+    SandboxSpec,
+)
 
 # Ignores SIGTERM, leaves its session and its parent, and holds no pipe.
 _DAEMON = """(setsid sh -c 'trap "" TERM HUP; while :; do sleep {0}; done' \
@@ -168,6 +177,42 @@ def test_output_without_end_is_cut_at_the_timeout(service: Service) -> None:
         result = await box.exec("yes", timeout_s=0.5)
         assert result.timed_out and result.stdout_bytes > 1_000_000
         assert result.stdout.startswith("y\ny\n") and result.duration_s < 5
+
+    in_box(service.url, body)
+
+
+def test_output_is_heard_while_the_command_runs(service: Service) -> None:
+    command = "echo first; while [ ! -e go ]; do sleep 0.01; done; printf 'é' >&2; seq 100000"
+
+    async def body(box: Sandbox) -> None:
+        heard: dict[str, str] = {"stdout": "", "stderr": ""}
+
+        def hear(name: str, text: str) -> None:
+            heard[name] += text
+
+        async def go(running: asyncio.Task[ExecResult]) -> ExecResult:
+            while heard["stdout"] != "first\n":
+                await asyncio.sleep(0.01)
+            assert not running.done()
+            await box.write("go", "")
+            return await running
+
+        one = await go(
+            asyncio.create_task(box.exec(command, output_bytes=2000, on_output=hear, timeout_s=9))
+        )
+        assert one.stdout.startswith(heard["stdout"]) and len(heard["stdout"]) == 1000
+        assert heard["stderr"] == one.stderr == "é"
+        heard["stdout"] = ""
+        await box.exec("rm go")
+        async with await box.session() as session:
+            running = session.run(command, on_output=hear, timeout_s=9)
+            two = await go(asyncio.create_task(running))
+            assert two.stdout.startswith(heard["stdout"]) and len(heard["stdout"]) > 1000
+            await session.run("exit")
+            with pytest.raises(SandboxSessionEnded):
+                await session.run("true", on_output=hear)
+        with pytest.raises(SandboxRefused):
+            await box.exec("true", cwd="../x", on_output=hear)
 
     in_box(service.url, body)
 

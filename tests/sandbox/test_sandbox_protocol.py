@@ -81,17 +81,25 @@ async def _line(directory: Path) -> tuple[Link, _Agent]:
         b"\xff" * 100,
         encode({"hello": 99}),
         encode({"id": "a"}, bytes(100_000)),
+        encode({"id": "a", "stream": "stdout"}, bytes(40_000)) * 2,
+        encode({"id": "a", "stream": "stdin"}, b"x"),
+        encode({"id": "a", "stream": ["stdout"]}),
         bytes(4) + (1 << 31).to_bytes(4, "big"),
     ],
 )
 def test_an_agent_that_breaks_the_protocol_loses_the_sandbox(answer: bytes) -> None:
     async def main(directory: Path) -> None:
         link, agent = await _line(directory)
-        asked = asyncio.create_task(link.call({"op": "exec", "id": "a"}, timeout_s=5))
+        heard = bytearray()
+        call = link.call(
+            {"op": "exec", "id": "a"}, timeout_s=5, on_output=lambda _, data: heard.extend(data)
+        )
+        asked = asyncio.create_task(call)
         await agent.request()
         await agent.send(answer)
         with pytest.raises(SandboxLost):
             await asked
+        assert len(heard) <= 66_536
         with pytest.raises(SandboxLost):
             await link.call({"op": "exec"}, timeout_s=5)
 
