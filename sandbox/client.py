@@ -9,12 +9,10 @@ import io
 import json
 import secrets
 import tarfile
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from types import TracebackType
 from typing import Any, Self
-
-import aiohttp
 
 from sandbox.api import (
     ExecRequest,
@@ -32,7 +30,6 @@ from sandbox.api import (
     to_json,
 )
 from sandbox.errors import (
-    BY_KIND,
     SandboxError,
     SandboxFileMissing,
     SandboxGone,
@@ -43,6 +40,7 @@ from sandbox.errors import (
     SandboxUnauthorised,
     SandboxUnavailable,
 )
+from sandbox.transport import OnOutput, Transport
 
 __all__ = [
     "ExecResult",
@@ -64,9 +62,6 @@ __all__ = [
     "SessionResult",
     "tar_of",
 ]
-
-# Hears "stdout" or "stderr" and a piece of text that a command has printed.
-OnOutput = Callable[[str, str], None]
 
 # Past a command's own deadline: time to kill it and to answer.
 _GRACE_S = 60.0
@@ -94,14 +89,14 @@ class SandboxClient:
                 does not answer: one that was killed and started again still has it. At 0 a
                 command ends with its connection.
         """
-        self.base_url = base_url.rstrip("/")
+        self._transport = Transport(base_url, token)
+        self.base_url = self._transport.base_url
+        self._request = self._transport.request
         self._reconnect_s = reconnect_s
-        self._headers = {} if token is None else {"Authorization": f"Bearer {token}"}
-        self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> Self:
         """Opens the connection pool."""
-        self._pool()
+        self._transport.open()
         return self
 
     async def __aexit__(
@@ -115,9 +110,7 @@ class SandboxClient:
 
     async def close(self) -> None:
         """Closes the connection pool; sandboxes live on."""
-        if self._session is not None:
-            await self._session.close()
-            self._session = None
+        await self._transport.close()
 
     async def health(self) -> dict[str, Any]:
         """What the service says of itself."""
@@ -147,70 +140,6 @@ class SandboxClient:
         answer = json.loads(await self._request("GET", "/sandboxes"))
         return [parse(SandboxInfo, json.dumps(info)) for info in answer["sandboxes"]]
 
-    def _pool(self) -> aiohttp.ClientSession:
-        if self._session is None:
-            # No cap on connections: every running command holds one. No total deadline either:
-            # an upload takes as long as it takes.
-            self._session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=0),
-                timeout=aiohttp.ClientTimeout(total=None, sock_connect=10),
-                headers=self._headers,
-            )
-        return self._session
-
-    async def _request(
-        self,
-        method: str,
-        path: str,
-        body: bytes | None = None,
-        *,
-        query: Mapping[str, str] | None = None,
-        timeout_s: float | None = None,
-    ) -> bytes:
-        async with self._answer(method, path, body, query, timeout_s) as response:
-            return await response.read()
-
-    async def _stream(
-        self, on_output: OnOutput, method: str, path: str, body: bytes, *, timeout_s: float
-    ) -> bytes:
-        """Passes on what a command prints while it runs; returns its result."""
-        unread = b""
-        async with self._answer(method, path, body, {"stream": "1"}, timeout_s) as response:
-            async for chunk in response.content.iter_any():
-                *lines, unread = (unread + chunk).split(b"\n")
-                for line in map(json.loads, lines):
-                    if "stream" in line:
-                        on_output(line["stream"], line["text"])
-                    elif "result" in line:
-                        return json.dumps(line["result"]).encode()
-                    else:
-                        raise BY_KIND[line["kind"]](line["error"])
-        raise SandboxUnavailable("the answer of the sandbox service was cut.")
-
-    @contextlib.asynccontextmanager
-    async def _answer(
-        self,
-        method: str,
-        path: str,
-        body: bytes | None,
-        query: Mapping[str, str] | None,
-        timeout_s: float | None,
-    ) -> AsyncIterator[aiohttp.ClientResponse]:
-        """An answer that is no error, with every failure as one of this package's."""
-        timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=10)
-        try:
-            async with self._pool().request(
-                method, self.base_url + path, data=body, params=query, timeout=timeout
-            ) as response:
-                if response.status >= 400:
-                    raise _error(response.status, await response.read())
-                yield response
-        except (aiohttp.ClientError, TimeoutError) as error:
-            raise SandboxUnavailable(
-                f"the sandbox service at {self.base_url} does not answer "
-                f"({error or type(error).__name__})."
-            ) from error
-
     async def _command(
         self,
         method: str,
@@ -222,7 +151,7 @@ class SandboxClient:
         on_output: OnOutput | None = None,
     ) -> bytes:
         """Sends a command; asks again for its result if this client reconnects."""
-        send = self._request if on_output is None else partial(self._stream, on_output)
+        send = self._request if on_output is None else partial(self._transport.stream, on_output)
         if self._reconnect_s <= 0:
             body = json.dumps(to_json(request)).encode()
             return await send(method, path, body, timeout_s=timeout_s)
@@ -432,14 +361,3 @@ def tar_of(files: Mapping[str, bytes | str]) -> bytes:
             member.size = len(data)
             tar.addfile(member, io.BytesIO(data))
     return out.getvalue()
-
-
-def _error(status: int, data: bytes) -> SandboxError:
-    try:
-        answer = json.loads(data)
-        return BY_KIND[answer["kind"]](answer["error"])
-    except (ValueError, KeyError, TypeError):
-        if status == 500:
-            return SandboxError("the sandbox service failed; its log says why.")
-        # Not this service's answer: a proxy's, or another program's on that port.
-        return SandboxUnavailable(f"the answer has status {status} and is not the service's.")

@@ -50,7 +50,10 @@ async def inherit(
     found = Inheritance()
     for dead in owner.abandoned(state_dir):
         kept = owner.is_durable(dead)
-        own = owner.take_over(dead) if kept and durable else dead
+        try:
+            own = owner.take_over(dead) if kept and durable else dead
+        except FileNotFoundError:
+            continue  # Another service that starts was faster.
         living = 0
         for directory in owner.box_directories(own):
             record = owner.Record.read(directory)

@@ -1,0 +1,289 @@
+"""The service's HTTP routes over a registry."""
+
+from __future__ import annotations
+
+import asyncio
+import codecs
+import functools
+import hmac
+import json
+import logging
+import tempfile
+from collections.abc import AsyncIterator, Awaitable, Callable
+from io import BytesIO
+from typing import Any, BinaryIO
+
+from aiohttp import web
+from aiohttp.typedefs import Handler, Middleware
+
+from sandbox import archive
+from sandbox.api import (
+    ExecRequest,
+    ExecResult,
+    RunRequest,
+    SandboxSpec,
+    SessionRequest,
+    parse,
+    to_json,
+)
+from sandbox.backends import Backend
+from sandbox.errors import SandboxError, SandboxRefused, SandboxTooLarge, SandboxUnauthorised
+from sandbox.link import OnOutput
+from sandbox.registry import Registry
+from sandbox.workspace import Workspace
+
+log = logging.getLogger("sandbox")
+
+_CHUNK = 1 << 18
+_MAX_JSON = 16_000_000
+
+_REGISTRY = web.AppKey("registry", Registry)
+
+
+def create_app(backend: Backend, *, token: str | None = None) -> web.Application:
+    """The application over a backend; it starts the backend and removes every sandbox at its end.
+
+    Args:
+        backend: Not started yet.
+        token: Bearer token that every request but `/health` must carry; None asks for none.
+    """
+    middlewares: list[Middleware] = [_answer_errors]
+    if token is not None:
+        middlewares.append(_require(token))
+    app = web.Application(middlewares=middlewares, client_max_size=_MAX_JSON)
+    app[_REGISTRY] = Registry(backend)
+    app.cleanup_ctx.append(_backend_lifetime)
+    # Before aiohttp waits for running requests: a closed sandbox answers its commands.
+    app.on_shutdown.append(_close_all)
+    box = "/sandboxes/{id}"
+    app.add_routes(
+        [
+            web.get("/health", _health),
+            web.put(box, _create),
+            web.get("/sandboxes", _list),
+            web.get(box, _show),
+            web.delete(box, _close),
+            web.post(f"{box}/exec", _exec),
+            web.delete(f"{box}/operations/{{operation}}", _cancel),
+            web.put(f"{box}/sessions/{{name}}", _open_session),
+            web.post(f"{box}/sessions/{{name}}", _run),
+            web.delete(f"{box}/sessions/{{name}}", _close_session),
+            web.get(f"{box}/files", _read),
+            web.put(f"{box}/files", _write),
+            web.get(f"{box}/archive", _download),
+            web.put(f"{box}/archive", _upload),
+        ]
+    )
+    return app
+
+
+async def _close_all(app: web.Application) -> None:
+    await app[_REGISTRY].close_all()
+
+
+async def _backend_lifetime(app: web.Application) -> AsyncIterator[None]:
+    registry = app[_REGISTRY]
+    await registry.start()
+    yield
+    # Again, for those whose creation was under way.
+    await registry.close_all()
+    await registry.backend.close()
+
+
+@web.middleware
+async def _answer_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Turns errors into `{"error": sentence, "kind": kind}` with their status."""
+    try:
+        try:
+            return await handler(request)
+        except ConnectionError:
+            raise  # The caller is gone; there is nobody to answer.
+        except OSError as error:
+            log.exception("%s %s", request.method, request.path)
+            raise SandboxError(f"the sandbox host fails: {error}.") from error
+    except SandboxError as error:
+        return web.json_response({"error": str(error), "kind": error.kind}, status=error.status)
+    except web.HTTPException as error:
+        sentence = f"{request.method} {request.path}: {error.reason}."
+        return web.json_response(
+            {"error": sentence, "kind": SandboxRefused.kind}, status=error.status
+        )
+
+
+def _require(token: str) -> Middleware:
+    expected = f"Bearer {token}".encode()
+
+    @web.middleware
+    async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
+        given = request.headers.get("Authorization", "").encode()
+        if request.path != "/health" and not hmac.compare_digest(given, expected):
+            raise SandboxUnauthorised("the bearer token is missing or wrong.")
+        return await handler(request)
+
+    return check
+
+
+def _workspace(request: web.Request) -> Workspace:
+    return request.app[_REGISTRY].workspace(request.match_info["id"])
+
+
+def _path(request: web.Request) -> str:
+    try:
+        return request.query["path"]
+    except KeyError:
+        raise SandboxRefused("path: name the file in the query, as in ?path=a/b.txt.") from None
+
+
+async def _health(request: web.Request) -> web.Response:
+    registry = request.app[_REGISTRY]
+    backend = registry.backend
+    return web.json_response(
+        {
+            "status": "ok",
+            "backend": backend.name,
+            "isolation": backend.isolation,
+            "sandboxes": len(registry.list()),
+            **backend.health(),
+        }
+    )
+
+
+async def _create(request: web.Request) -> web.Response:
+    spec = parse(SandboxSpec, await request.read() or b"{}")
+    info = await request.app[_REGISTRY].create(request.match_info["id"], spec)
+    return web.json_response(to_json(info), status=201)
+
+
+async def _list(request: web.Request) -> web.Response:
+    return web.json_response(
+        {"sandboxes": [to_json(info) for info in request.app[_REGISTRY].list()]}
+    )
+
+
+async def _show(request: web.Request) -> web.Response:
+    return web.json_response(to_json(request.app[_REGISTRY].info(request.match_info["id"])))
+
+
+async def _close(request: web.Request) -> web.Response:
+    await request.app[_REGISTRY].close(request.match_info["id"])
+    return web.json_response({})
+
+
+async def _exec(request: web.Request) -> web.StreamResponse:
+    command = parse(ExecRequest, await request.read())
+    work = functools.partial(request.app[_REGISTRY].exec, request.match_info["id"], command)
+    return await _result(request, work)
+
+
+async def _result(
+    request: web.Request, work: Callable[[OnOutput | None], Awaitable[ExecResult]]
+) -> web.StreamResponse:
+    """Answers with a command's result; with `?stream=1` by lines, the output as it comes first.
+
+    Each line is an object: `{"stream": "stdout", "text": ...}` any number of times, then
+    `{"result": ...}` or an error as in other answers.
+    """
+    if request.query.get("stream") != "1":
+        return web.json_response(to_json(await work(None)))
+    lines: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
+    decoders = {
+        name: codecs.getincrementaldecoder("utf-8")("replace") for name in ("stdout", "stderr")
+    }
+
+    def on_output(name: str, data: bytes) -> None:
+        lines.put_nowait({"stream": name, "text": decoders[name].decode(data)})
+
+    response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
+    task = asyncio.ensure_future(work(on_output))
+    task.add_done_callback(lambda _: lines.put_nowait(None))
+    try:
+        await response.prepare(request)
+        while (line := await lines.get()) is not None:
+            await response.write(json.dumps(line).encode() + b"\n")
+        try:
+            line = {"result": to_json(task.result())}
+        except SandboxError as error:
+            line = {"error": str(error), "kind": error.kind}
+        await response.write(json.dumps(line).encode() + b"\n")
+        await response.write_eof()
+    finally:
+        # The caller went away, and its command with it.
+        task.cancel()
+        await asyncio.wait([task])
+    return response
+
+
+async def _cancel(request: web.Request) -> web.Response:
+    match = request.match_info
+    await request.app[_REGISTRY].cancel(match["id"], match["operation"])
+    return web.json_response({})
+
+
+async def _open_session(request: web.Request) -> web.Response:
+    match = request.match_info
+    asked = parse(SessionRequest, await request.read() or b"{}")
+    await request.app[_REGISTRY].open_session(match["id"], match["name"], asked)
+    return web.json_response({}, status=201)
+
+
+async def _run(request: web.Request) -> web.StreamResponse:
+    match = request.match_info
+    command = parse(RunRequest, await request.read())
+    work = functools.partial(request.app[_REGISTRY].run, match["id"], match["name"], command)
+    return await _result(request, work)
+
+
+async def _close_session(request: web.Request) -> web.Response:
+    match = request.match_info
+    await request.app[_REGISTRY].close_session(match["id"], match["name"])
+    return web.json_response({})
+
+
+async def _read(request: web.Request) -> web.Response:
+    data = await asyncio.to_thread(_workspace(request).read, _path(request))
+    return web.Response(body=data, content_type="application/octet-stream")
+
+
+async def _write(request: web.Request) -> web.Response:
+    workspace, path = _workspace(request), _path(request)
+    with await _body(request, workspace.max_bytes) as body:
+        await asyncio.to_thread(workspace.write, path, body)
+    return web.json_response({})
+
+
+async def _upload(request: web.Request) -> web.Response:
+    workspace = _workspace(request)
+    with await _body(request, workspace.max_bytes) as body:
+        await asyncio.to_thread(archive.unpack, workspace, body)
+    return web.json_response({})
+
+
+async def _download(request: web.Request) -> web.StreamResponse:
+    # Packed whole before the first byte goes out, so that an error still has a status.
+    with tempfile.TemporaryFile() as file:
+        await asyncio.to_thread(archive.pack, _workspace(request), file)
+        response = web.StreamResponse(headers={"Content-Type": "application/x-tar"})
+        response.content_length = file.tell()
+        await response.prepare(request)
+        file.seek(0)
+        while chunk := file.read(_CHUNK):
+            await response.write(chunk)
+        await response.write_eof()
+        return response
+
+
+async def _body(request: web.Request, limit: int) -> BinaryIO:
+    """The request's body as a file: in memory when small, on disk when large."""
+    small = (request.content_length or _CHUNK + 1) <= _CHUNK
+    # The caller closes it.
+    body: BinaryIO = BytesIO() if small else tempfile.TemporaryFile()  # noqa: SIM115
+    try:
+        async for chunk in request.content.iter_chunked(_CHUNK):
+            if body.tell() + len(chunk) > limit:
+                raise SandboxTooLarge(f"the upload is over the limit of {limit} bytes.")
+            body.write(chunk)
+    except BaseException:
+        body.close()
+        raise
+    body.seek(0)
+    return body
