@@ -7,7 +7,7 @@ from klong_jax.models.config import DecoderConfig, DTypes
 from klong_jax.models.experts import Counted
 from klong_jax.models.layers import linear, norm, on_tokens, swiglu
 from klong_jax.models.moe import Moe
-from klong_jax.models.rotary import rotate
+from klong_jax.models.rotary import normed_and_rotated, rotate
 from klong_jax.parallel.rules import constrain
 
 Projected = tuple[Float[Array, "b t h d"], Float[Array, "b t k d"], Float[Array, "b t k d"]]
@@ -55,7 +55,9 @@ class Block(nnx.Module):
         key = heads(self.key, config.num_kv_heads, "kv_heads")
         value = heads(self.value, config.num_kv_heads, "kv_heads")
         if config.qk_norm:
-            query, key = self.query_norm(query), self.key_norm(key)
+            query = normed_and_rotated(self.query_norm, query, positions, config)
+            key = normed_and_rotated(self.key_norm, key, positions, config)
+            return query, key, value
         return rotate(query, positions, config), rotate(key, positions, config), value
 
     def finish(

@@ -89,6 +89,7 @@ class Decoder(nnx.Module):
         past: Cache | None = None,
         keep: bool = False,
         remat: Remat = "full",
+        scan: bool = True,
         counted: Counted = None,
     ) -> Forward:
         """Runs over whole windows, or over what follows a prefix that was run before.
@@ -99,6 +100,7 @@ class Decoder(nnx.Module):
                 count from p. Differentiable.
             keep: Whether to give keys and values.
             remat: What each layer keeps for the backward pass.
+            scan: Whether layers are one compiled loop, or each is compiled.
             counted: Which tokens the experts' load counts; all if None.
         """
         start = 0 if past is None else past[0].shape[2]
@@ -120,8 +122,9 @@ class Decoder(nnx.Module):
                 return hidden, (load, (own[0], own[1]) if keep else None)
 
             before = None if past is None else _layers(past, numbers)
-            hidden, (loads, own) = jax.lax.scan(
-                rematerialised(layer, remat), hidden, (layers, before)
+            over = jax.lax.scan if scan else _one_by_one
+            hidden, (loads, own) = over(
+                rematerialised(layer, remat, scanned=scan), hidden, (layers, before)
             )
             kept.append(own)
         cache = jax.tree.map(lambda *parts: jnp.concatenate(parts), *kept) if keep else None
@@ -172,6 +175,18 @@ class Decoder(nnx.Module):
             yield *nnx.split(self.dense_blocks), range(self.config.dense_layers)
         first = self.config.dense_layers if self.config.moe else 0
         yield *nnx.split(self.blocks), range(first, self.config.num_layers)
+
+
+def _one_by_one(layer: Callable[..., Any], hidden: Array, given: Any) -> tuple[Array, Any]:
+    """What a scan gives, without a loop: nothing is copied into and out of stacked arrays."""
+    leaves, tree = jax.tree.flatten(given)
+    # The gradient of a split is one concatenation, that of slices a sum of as many whole arrays.
+    split = [jax.lax.split(leaf, (1,) * len(leaf)) for leaf in leaves]
+    outs = []
+    for one in zip(*split, strict=True):
+        hidden, out = layer(hidden, jax.tree.unflatten(tree, [leaf[0] for leaf in one]))
+        outs.append(out)
+    return hidden, jax.tree.map(lambda *each: jnp.stack(each), *outs)
 
 
 def _layers(cache: Cache, numbers: range) -> Cache:

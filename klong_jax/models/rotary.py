@@ -1,9 +1,12 @@
 """Rotary positions (Su et al. 2021), on a part of each head and with stretched frequencies."""
 
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from klong_jax.kernels.rotary_norm import rotary_norm, takes
 from klong_jax.models.config import DecoderConfig
 
 
@@ -20,6 +23,18 @@ def rotate(
     first, second, rest = jnp.split(x, [config.rotary_dim // 2, config.rotary_dim], axis=-1)
     turned = [first * cos - second * sin, second * cos + first * sin]
     return jnp.concatenate([*turned, rest], axis=-1)
+
+
+def normed_and_rotated(
+    norm: Any, x: Float[Array, "b t n d"], positions: Int[Array, "b t"], config: DecoderConfig
+) -> Float[Array, "b t n d"]:
+    """Normalises each head and rotates it, by one kernel where there is one."""
+    if not takes(x, config.rotary_dim):
+        return rotate(norm(x), positions, config)
+    angles = positions[..., None].astype(jnp.float32) * frequencies(config).astype(jnp.float32)
+    return rotary_norm(
+        x, norm.scale[...], jnp.cos(angles), jnp.sin(angles), epsilon=config.norm_eps
+    )
 
 
 def frequencies(config: DecoderConfig) -> Float[np.ndarray, " half"]:

@@ -11,7 +11,7 @@ from jax.errors import JaxRuntimeError
 
 from klong_jax.kernels.backend import use_kernels
 from klong_jax.kernels.cases import CASES, Case, Work
-from klong_jax.pipelines import bench_sft
+from klong_jax.pipelines.bench_sft import run as training
 from klong_jax.pipelines.config.commands import BenchConfig
 
 _LEAST_SECONDS, _MOST_CALLS = 0.03, 200
@@ -43,7 +43,7 @@ class Measured:
 def run(settings: BenchConfig) -> None:
     """Prints each case as it is measured."""
     if settings.what == "sft":
-        bench_sft.run(settings.repeats)
+        training.run(settings.table, settings.repeats)
         return
     print(f"{settings.what} on {jax.devices()[0].device_kind}: TFLOP/s of useful operations (time)")
     print("limit: bare matrix multiplications; MiB: what ours needs beside arguments and results")

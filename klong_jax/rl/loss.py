@@ -33,7 +33,9 @@ class RlLossConfig:
     temperature: float = 1.0
 
 
-def rl_loss(graph: nnx.GraphDef[Decoder], config: RlLossConfig, *, remat: Remat) -> WindowLoss:
+def rl_loss(
+    graph: nnx.GraphDef[Decoder], config: RlLossConfig, *, remat: Remat, scan_layers: bool = True
+) -> WindowLoss:
     """-sum over windows and tokens of mask * w * A * clipped ratio, plus beta * KL.
 
     A batch takes one update, so the proximal policy is the current one with its gradient stopped:
@@ -47,8 +49,9 @@ def rl_loss(graph: nnx.GraphDef[Decoder], config: RlLossConfig, *, remat: Remat)
         graph: The decoder.
         config: Numbers.
         remat: What each layer keeps for the backward pass.
+        scan_layers: Whether layers are one compiled loop.
     """
-    return WindowLoss(graph, partial(_surrogate, config), remat)
+    return WindowLoss(graph, partial(_surrogate, config), remat, scan_layers)
 
 
 def _surrogate(

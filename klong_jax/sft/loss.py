@@ -11,13 +11,13 @@ from klong_jax.training.batches import WindowBatch
 from klong_jax.training.loss import Summed, WindowLoss
 
 
-def sft_loss(graph: nnx.GraphDef[Decoder], *, remat: Remat) -> WindowLoss:
+def sft_loss(graph: nnx.GraphDef[Decoder], *, remat: Remat, scan_layers: bool = True) -> WindowLoss:
     """Sum of -log p over trained tokens.
 
     Divide by the number of trained tokens of the global batch: every token is trained in exactly
     one window, so the result does not depend on how a trajectory was split.
     """
-    return WindowLoss(graph, _cross_entropy, remat)
+    return WindowLoss(graph, _cross_entropy, remat, scan_layers)
 
 
 def _cross_entropy(

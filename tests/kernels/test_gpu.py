@@ -16,6 +16,7 @@ from kernel_helpers import Arrays, value_and_gradients
 from klong_jax.kernels.attention import attention
 from klong_jax.kernels.grouped_matmul import grouped_matmul
 from klong_jax.kernels.linear_cross_entropy import linear_cross_entropy
+from klong_jax.kernels.rotary_norm import rotary_norm
 
 pytestmark = [
     pytest.mark.gpu,
@@ -103,3 +104,15 @@ def test_linear_cross_entropy(tile: tuple[int, int] | None, vocab: int) -> None:
 
     arrays = [hidden, embedding, normal(tokens, seed=3)]
     check(run, arrays, normal(1 + 2 * tokens, seed=4))
+
+
+@pytest.mark.parametrize(("heads", "width"), [(16, 128), (5, 64)])
+def test_rotary_norm(heads: int, width: int) -> None:
+    arrays = [normal(2, 333, heads, width, seed=0), normal(width, seed=1)]
+    angles = np.random.default_rng(2).uniform(0, 1e5, (2, 333, width // 2))
+
+    def run(x: Any, scale: Any, backend: str | None = None) -> Any:
+        turns = jnp.cos(jnp.asarray(angles)), jnp.sin(jnp.asarray(angles))
+        return rotary_norm(x, scale, *turns, epsilon=1e-6, backend=backend)
+
+    check(run, arrays, normal(2, 333, heads, width, seed=3))

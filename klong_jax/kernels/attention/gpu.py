@@ -78,12 +78,14 @@ def _forward(
         out, log_total = flash.forward(query, *part, causal and index == 0, scale)
         outs.append(_where_any(part, out))
         log_totals.append(_where_any(part, log_total, -jnp.inf))
-    log_total = jax.nn.logsumexp(jnp.stack(log_totals), axis=0)
-    log_total = jnp.where(jnp.isfinite(log_total), log_total, 0)
-    shares = (jnp.exp(each - log_total).swapaxes(1, 2)[..., None] for each in log_totals)
-    merged = sum(out * share for out, share in zip(outs, shares, strict=True))
-    out = checkpoint_name(jnp.asarray(merged).astype(query.dtype), SAVED)
-    log_total = checkpoint_name(log_total, SAVED)
+    out, log_total = outs[0], log_totals[0]
+    if len(parts) > 1:
+        log_total = _finite(jax.nn.logsumexp(jnp.stack(log_totals), axis=0))
+        shares = (jnp.exp(each - log_total).swapaxes(1, 2)[..., None] for each in log_totals)
+        merged = sum(out * share for out, share in zip(outs, shares, strict=True))
+        out = jnp.asarray(merged).astype(query.dtype)
+    out = checkpoint_name(out, SAVED)
+    log_total = checkpoint_name(_finite(log_total), SAVED)
     return out, (query, parts, out, log_total)
 
 
@@ -103,6 +105,10 @@ def _backward(
 
 
 _merged.defvjp(_forward, _backward)
+
+
+def _finite(log_total: Totals) -> Totals:
+    return jnp.where(jnp.isfinite(log_total), log_total, 0)
 
 
 def _where_any(part: Part, x: Array, other: float = 0) -> Array:

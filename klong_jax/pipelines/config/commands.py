@@ -264,16 +264,21 @@ class BenchConfig(Section):
     what: Literal["attention", "grouped_matmul", "linear_cross_entropy", "sft"]
     """The kernel, or sft."""
     backend: str | None
-    """The kernel's backend; null takes the one of this platform."""
+    """A kernel's backend; null takes the one of this platform."""
+    table: Literal["windows", "trajectories", "growth", "longest", "mixture"] | None
+    """One of the tables of sft: single windows beside peers; windows behind a common prefix; how
+    time and memory grow with their number; long windows; a mixture of experts. null is all."""
     repeats: int = Field(gt=0)
     """Calls whose median time counts."""
 
     @model_validator(mode="after")
-    def _has_a_backend(self) -> Self:
+    def _fits_together(self) -> Self:
         if self.what == "sft" and self.backend is not None:
             raise UserError(
                 f"backend={self.backend}: training has no backend of its own; leave it out."
             )
+        if self.what != "sft" and self.table is not None:
+            raise UserError(f"table={self.table}: only what=sft has tables; leave it out.")
         return self
 
 

@@ -1,0 +1,1 @@
+"""Training steps of several contenders, each in a process of its own."""
