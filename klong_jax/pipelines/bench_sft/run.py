@@ -276,8 +276,9 @@ class Bench:
             env=environment,
         )
         if done.returncode:
-            told = done.stderr.strip().splitlines() or ["nothing was said"]
-            return Outcome(None, failure=told[-1])
+            # JAX explains its tracebacks in the lines after the error.
+            lines = [line for line in done.stderr.splitlines() if "Error" in line]
+            return Outcome(None, failure=lines[-1] if lines else f"exit code {done.returncode}")
         return Outcome(**json.loads(done.stdout.strip().splitlines()[-1]))
 
 
