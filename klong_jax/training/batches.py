@@ -100,12 +100,14 @@ class Layout:
         shared: Tokens at the front of a group's windows that are computed once; 0 computes every
             window whole, as is done with groups whose pinned prefix is shorter.
         trained: Whether a token of a shared prefix may be trained.
+        whole: Whether there may be groups whose pinned prefix is shorter than that.
     """
 
     length: int
     rows: int
     shared: int = 0
     trained: bool = True
+    whole: bool = True
 
     def shares(self, group: Group) -> bool:
         """Whether a group's windows begin with what is computed once."""

@@ -5,7 +5,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from klong_jax.models.cost import forward_flops, parameters, prefix_sharing_flops
+from klong_jax.models.cost import (
+    by_repetition,
+    forward_flops,
+    parameters,
+    prefix_sharing_flops,
+    repeated_flops,
+)
 from klong_jax.models.decoder import abstract
 from klong_jax.models.presets import PRESETS, preset
 
@@ -43,3 +49,20 @@ def test_sharing_a_prefix_saves_all_of_its_passes_but_one(
     once = 3 * forward_flops(config, 1, prefix, 0, prefix)
     assert naive - shared == pytest.approx((len(fresh) - 1) * once, abs=1e-6 * naive)
     assert shared == pytest.approx(naive) if len(fresh) == 1 else shared < naive
+
+
+@given(st.sampled_from(sorted(PRESETS)), st.integers(1, 500), st.integers(0, 500))
+def test_full_repeats_a_pass_and_each_other_policy_its_part(name: str, new: int, old: int) -> None:
+    config = preset(name)
+    full = repeated_flops(config, "full", 2, new, old)
+    assert full == pytest.approx(forward_flops(config, 2, new, old, 0))
+    parts = [repeated_flops(config, remat, 2, new, old) for remat in ("dots", "attention")]
+    # Experts' products are dots to neither.
+    assert sum(parts) == pytest.approx(full) if config.moe is None else sum(parts) > full
+    assert all(0 < part < full for part in parts)
+
+
+def test_long_windows_repeat_less_without_attention_and_short_ones_without_matrices() -> None:
+    config = preset("qwen3_8b")
+    assert by_repetition(config, 4096) == ["none", "dots", "attention", "full"]
+    assert by_repetition(config, 131_072) == ["none", "attention", "dots", "full"]
