@@ -17,16 +17,15 @@ from jax.errors import JaxRuntimeError
 from klong_jax.core.trajectory import Window
 from klong_jax.kernels.backend import platform
 from klong_jax.models.config import DecoderConfig, DTypes, Remat
-from klong_jax.models.cost import prefix_sharing_flops
+from klong_jax.models.cost import by_repetition, prefix_sharing_flops
 from klong_jax.models.decoder import build
 from klong_jax.models.presets import preset
+from klong_jax.parallel.aot import exhausted
 from klong_jax.sft.loss import sft_loss
 from klong_jax.training.accumulate import Trainer, TrainState, init_state
 from klong_jax.training.batches import Layout, lay_out
 from klong_jax.training.optimizer import OptimizerConfig, make_optimizer
 
-# The least recomputation first: the first that fits is taken.
-_REMAT: tuple[Remat, ...] = ("none", "dots", "attention", "full")
 _CASE = "{:>7} {:>7} {:>4}  {:<9} {:>22} {:>22} {:>6} {:>8} {:>12}"
 _GROWTH = "{:>8} {:>10} {:>12} {:>12}"
 _BF16 = DTypes("float32", "bfloat16")
@@ -70,13 +69,13 @@ def _shapes(large: bool) -> tuple[Shape, ...]:
 def _compared(model: DecoderConfig, dtypes: DTypes, shape: Shape, repeats: int) -> tuple[str, ...]:
     fresh = [shape.window] * shape.windows
     naive, once = prefix_sharing_flops(model, shape.prefix, fresh, prefix_trained=False)
-    for remat in _REMAT:
+    for remat in by_repetition(model, shape.prefix + shape.window):
         try:
             bench = _Bench(model, dtypes, remat)
             whole = bench.seconds(shape, 0, repeats)
             shared = bench.seconds(shape, shape.prefix, repeats)
         except JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
+            if not exhausted(error):
                 raise
             continue
         return (

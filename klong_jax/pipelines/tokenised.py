@@ -110,8 +110,8 @@ def tokenised_windows(
     shared = shared_prefix
     if shared == "auto":
         shared = best_shared(prefixes, SHARED_MULTIPLE)
+    sharing = sum(prefix_len >= shared for prefix_len, _ in prefixes)
     if shared:
-        sharing = sum(prefix_len >= shared for prefix_len, _ in prefixes)
         console.print(
             f"{sharing} of {len(prefixes)} groups of windows compute {shared} tokens of their "
             "pinned prefix once",
@@ -123,6 +123,7 @@ def tokenised_windows(
         length=tokeniser.policy.limit,
         shared=shared,
         prefix_trained=bool(shared) and any(part.trains_before(shared) for part in parts),
+        whole=not shared or sharing < len(prefixes),
         mixture=mixture,
     )
 

@@ -228,9 +228,10 @@ class SftSection(Section):
     micro_batch: int = Field(gt=0)
     """Windows, or groups that share a prefix, a gradient call; rounded up to what the mesh's data,
     fsdp and expert share evenly."""
-    remat: Remat
+    remat: Remat | Literal["auto"]
     """What a layer keeps for its backward pass: none recomputes nothing, full everything but the
-    layer's input; attention keeps what attention gave, dots the results of matrix products."""
+    layer's input; attention keeps what attention gave, dots the results of matrix products. auto
+    takes what recomputes least and fits into the devices' memory."""
     router_bias_rate: float = Field(ge=0)
     """What a step moves the routers' biases by to even out the load of experts; 0 leaves them."""
     save_every: int = Field(gt=0)
@@ -313,9 +314,10 @@ class RlSection(Section):
     micro_batch: int = Field(gt=0)
     """Windows, or rollouts that share a prefix, a gradient call; rounded up to what the mesh's
     data, fsdp and expert share evenly."""
-    remat: Remat
+    remat: Remat | Literal["auto"]
     """What a layer keeps for its backward pass: none recomputes nothing, full everything but the
-    layer's input; attention keeps what attention gave, dots the results of matrix products."""
+    layer's input; attention keeps what attention gave, dots the results of matrix products. auto
+    takes what recomputes least and fits into the devices' memory."""
     router_bias_rate: float = Field(ge=0)
     """What a step moves the routers' biases by to even out the load of experts; 0 leaves them."""
     clip: float = Field(gt=0)
