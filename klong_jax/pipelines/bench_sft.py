@@ -118,7 +118,7 @@ class _Bench:
     def seconds(self, shape: Shape, shared: int, repeats: int) -> float:
         """Of a step, the median; its first run, which compiles, does not count."""
         group = tuple(self._windows(shape))
-        layout = Layout(shape.prefix + shape.window, 1, shared, trained=False)
+        layout = Layout(shape.prefix + shape.window, 1, (shared,), trained=False)
         times = []
         for _ in range(repeats + 1):
             started = time.perf_counter()

@@ -124,7 +124,7 @@ def _training(plan: Plan, loss: Callable[[Any], WindowLoss]) -> Iterator[Compile
     graph, params = abstract(plan.model, DTypes("float32", "bfloat16"))
     optimizer = make_optimizer(plan.optimizer)
     state = abstract_state(params, optimizer)
-    layout = Layout(plan.length, plan.rows, plan.shared)
+    layout = Layout(plan.length, plan.rows, (plan.shared,))
     for made in compile_step(Trainer(loss(graph), optimizer), state, layout, _compile):
         title, whole, once = _STEPS[made.name]
         if made.name == "update":

@@ -126,7 +126,9 @@ async def train(
         groups=section.groups,
         rollouts=section.rollouts,
         tokens_per_rollout=section.tokens_per_rollout,
-        layout=Layout(config.splitting.context_limit, section.micro_batch, section.shared_prefix),
+        layout=Layout(
+            config.splitting.context_limit, section.micro_batch, (section.shared_prefix,)
+        ),
         seed=config.seed,
     )
     fitting = Step(

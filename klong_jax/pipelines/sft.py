@@ -13,6 +13,7 @@ from klong_jax.core.errors import Preempted
 from klong_jax.core.message import Message
 from klong_jax.models.config import Remat
 from klong_jax.parallel.distributed import start_processes, together
+from klong_jax.parallel.rules import rounded_up
 from klong_jax.pipelines.config.commands import SftConfig
 from klong_jax.pipelines.config.training import DrillSection, SftSection
 from klong_jax.pipelines.dialect import make_dialect
@@ -71,6 +72,7 @@ def run(config: SftConfig) -> None:
                 seed=config.seed,
                 together=config.sft.together,
                 shared_prefix=config.sft.shared_prefix,
+                rows_share=rows_share(config.sft),
             )
         )
         judges = together(lambda: heldout_windows(config.data, tokeniser, cache, console))
@@ -147,6 +149,11 @@ def train(
     if preemption.agreed:
         raise Preempted
     return replace(policy, params=served_params(state.params, state.opt_state))
+
+
+def rows_share(section: SftSection) -> float:
+    """Rows of a micro-batch that may stay empty, as a share of a step's groups."""
+    return (rounded_up(section.micro_batch, "batch") - 1) / section.batch
 
 
 def drill_windows(

@@ -68,11 +68,11 @@ def compile_step(
     windows = abstract_batch(layout.rows, layout.length)
     total = placed(jax.eval_shape(trainer.start, state.params, windows))
     kept = device_bytes((state.opt_state, state.step))
-    if layout.whole or not layout.shared:
+    if layout.whole or not any(layout.shared):
         lowered = trainer.accumulate.lower(state.params, total, windows)
         yield StepProgram("whole", compiler(lowered), kept)
-    if layout.shared:
-        yield from _shared(trainer, state, total, layout, kept, compiler)
+    for shared in filter(None, layout.shared):
+        yield from _shared(trainer, state, total, layout, shared, kept, compiler)
     scale = _shape((), jnp.float32)
     yield StepProgram("update", compiler(trainer.update.lower(state, total[0], scale)), 0)
 
@@ -82,12 +82,13 @@ def _shared(
     state: TrainState,
     total: Any,
     layout: Layout,
+    length: int,
     kept: int,
     compiler: Callable[[Any], C],
 ) -> Iterator[StepProgram[C]]:
     shared, params = trainer.shared, state.params
-    prefix = abstract_batch(layout.rows, layout.shared)
-    window = abstract_batch(layout.rows, layout.length - layout.shared)
+    prefix = abstract_batch(layout.rows, length)
+    window = abstract_batch(layout.rows, layout.length - length)
     lowered = shared.read.lower(params, prefix, trained=layout.trained)
     read = compiler(lowered)
     yield StepProgram("read", read, kept + device_bytes(total))

@@ -39,7 +39,7 @@ def trainer(remat: Remat) -> Trainer:
 
 
 def step(shared: int = 0) -> Step:
-    layout = Layout(LENGTH, 2, shared, whole=False)
+    layout = Layout(LENGTH, 2, (shared,), whole=False)
     return Step(trainer, CONFIG, "float32", abstract_state(PARAMS, OPTIMIZER), [layout])
 
 

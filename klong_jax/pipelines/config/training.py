@@ -223,8 +223,8 @@ class SftSection(Section):
     """Most windows of one trajectory that make a group; 1 shuffles windows one by one."""
     shared_prefix: int | Literal["auto"] = Field(union_mode="left_to_right")
     """Tokens at the front of a group's windows that are computed once for all of them, where the
-    pinned prefix is as long; auto spares the most computation, 0 computes every window whole. The
-    gradient is the same."""
+    pinned prefix is as long; auto spares the most computation, with up to three lengths, 0 computes
+    every window whole. The gradient is the same."""
     micro_batch: int = Field(gt=0)
     """Windows, or groups that share a prefix, a gradient call; rounded up to what the mesh's data,
     fsdp and expert share evenly."""
