@@ -6,9 +6,10 @@ from typing import Any, Literal
 from klong_jax.core.errors import UserError
 from klong_jax.core.jsonio import content_hash
 
-Remat = Literal["none", "full", "attention", "dots"]
-"""What a layer keeps for its backward pass: everything; nothing but its input; also what attention
-gave; also the results of its matrix multiplications."""
+Remat = Literal["none", "dots", "attention", "full"]
+"""What a layer keeps for its backward pass, from most to least: everything; the results of its
+matrix multiplications and what attention gave; its input and what attention gave; its input. The
+later in this order, the more is computed a second time."""
 
 DType = Literal["float32", "bfloat16", "float64"]
 

@@ -6,8 +6,9 @@ sees. Norms, rotations and softmaxes are left out.
 """
 
 from collections.abc import Sequence
+from typing import assert_never
 
-from klong_jax.models.config import DecoderConfig
+from klong_jax.models.config import DecoderConfig, Remat
 
 
 def parameters(config: DecoderConfig) -> int:
@@ -39,11 +40,72 @@ def forward_flops(config: DecoderConfig, rows: int, new: int, cached: int, predi
         cached: Tokens of each that stand before them, whose keys and values are known.
         predicted: Tokens of each whose logits are computed.
     """
-    pairs = new * cached + new * (new + 1) / 2
-    attention = 4 * config.num_layers * config.num_heads * config.head_dim * pairs
+    attention = _attention_flops(config, new, cached)
     matrices = 2 * new * layer_matrices(config, active=True)
     logits = 2 * predicted * config.vocab_size * config.hidden_size
     return float(rows * (attention + matrices + logits))
+
+
+def repeated_flops(config: DecoderConfig, remat: Remat, rows: int, new: int, cached: int) -> float:
+    """Operations of a forward pass that the backward pass repeats under a policy.
+
+    Args:
+        config: The decoder.
+        remat: The policy.
+        rows: Sequences.
+        new: Tokens of each that are computed.
+        cached: Tokens of each that stand before them.
+    """
+    attention = rows * _attention_flops(config, new, cached)
+    matrices = rows * 2 * new * layer_matrices(config, active=True)
+    match remat:
+        case "none":
+            return 0.0
+        case "dots":
+            # A grouped matrix product is no dot to the policy.
+            return float(rows * 2 * new * _routed_matrices(config))
+        case "attention":
+            return float(matrices)
+        case "full":
+            return float(attention + matrices)
+        case _:
+            assert_never(remat)
+
+
+def kept_numbers(config: DecoderConfig, remat: Remat) -> int:
+    """Numbers that all layers keep of one token for the backward pass, at least.
+
+    What a layer of experts keeps of them is left out.
+    """
+    width, heads = config.hidden_size, config.num_heads * config.head_dim
+    projected = heads + 2 * config.num_kv_heads * config.head_dim
+    layers, dense = config.num_layers, config.dense_layers
+    match remat:
+        case "full":
+            return layers * width
+        case "attention":
+            return layers * (width + heads)
+        case "dots":
+            every = 2 * width + projected + heads
+            return layers * every + dense * 2 * config.intermediate_size
+        case "none":
+            every = 2 * width + projected + heads
+            return layers * every + dense * 3 * config.intermediate_size
+        case _:
+            assert_never(remat)
+
+
+def _attention_flops(config: DecoderConfig, new: int, cached: int) -> float:
+    pairs = new * cached + new * (new + 1) / 2
+    return 4 * config.num_layers * config.num_heads * config.head_dim * pairs
+
+
+def _routed_matrices(config: DecoderConfig) -> int:
+    """Parameters of the routed experts' matrices that one token meets."""
+    if config.moe is None:
+        return 0
+    each = 3 * config.hidden_size * config.moe.top_k * config.moe.expert_size
+    return (config.num_layers - config.dense_layers) * each
 
 
 def stream_bytes(config: DecoderConfig, itemsize: int) -> int:
@@ -57,6 +119,11 @@ def stream_bytes(config: DecoderConfig, itemsize: int) -> int:
         routed = 3 * moe.top_k * (width + moe.expert_size) + 3 * (width + moe.shared_size)
         total += (config.num_layers - config.dense_layers) * routed
     return total * itemsize
+
+
+def cache_numbers(config: DecoderConfig) -> int:
+    """Numbers of one token's keys and values in all layers."""
+    return config.num_layers * 2 * config.num_kv_heads * config.head_dim
 
 
 def prefix_sharing_flops(

@@ -66,12 +66,14 @@ class Program:
         collectives: What it sends between devices.
         refused: What the compiler said; empty if it compiled.
         seconds: How long compilation took.
+        output_shardings: Where its results live; None if it was refused.
     """
 
     memory: Memory
     collectives: tuple[Collective, ...]
     refused: str
     seconds: float
+    output_shardings: Any
 
 
 def compile_ahead(lowered: Any, mesh: Mapping[str, int]) -> Program:
@@ -85,21 +87,27 @@ def compile_ahead(lowered: Any, mesh: Mapping[str, int]) -> Program:
         jax.errors.JaxRuntimeError: It cannot be compiled for a reason other than memory.
     """
     started = time.monotonic()
-    refused, code = "", 0
+    refused, code, places = "", 0, None
     with tempfile.TemporaryDirectory(prefix="klong-aot-") as folder:
         options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
         try:
             compiled = lowered.compile(compiler_options=options)
             code = compiled.memory_analysis().generated_code_size_in_bytes
+            places = compiled.output_shardings
         except jax.errors.JaxRuntimeError as error:
             # Without a report it was refused before memory was laid out, for something else.
-            if "RESOURCE_EXHAUSTED" not in str(error) or not _files(folder, _REPORT):
+            if not exhausted(error) or not _files(folder, _REPORT):
                 raise
             refused = str(error).splitlines()[0].partition(": ")[2]
         text = _read(folder, "after_optimizations.txt")
         memory = _memory(_read(folder, _ASSIGNMENT), _read(folder, _REPORT), text, code)
     seconds = time.monotonic() - started
-    return Program(memory, tuple(collectives(text, mesh)), refused, seconds)
+    return Program(memory, tuple(collectives(text, mesh)), refused, seconds, places)
+
+
+def exhausted(error: jax.errors.JaxRuntimeError) -> bool:
+    """Whether it says that memory does not suffice."""
+    return "RESOURCE_EXHAUSTED" in str(error)
 
 
 def _files(folder: str, ending: str) -> list[Path]:

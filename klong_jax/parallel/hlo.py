@@ -128,7 +128,8 @@ def _bytes(shapes: str, start: bool) -> int:
 def _sent(kind: str, size: int, group: int) -> float:
     """Bytes a device sends in a ring, by the size of its result."""
     if kind == "collective-permute":
-        return float(size)
+        # Where every device sends to itself, nothing is sent.
+        return float(size) if group > 1 else 0.0
     if kind == "reduce-scatter":
         return float(size * (group - 1))
     return size * (group - 1) / group * (2 if kind == "all-reduce" else 1)

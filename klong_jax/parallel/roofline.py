@@ -40,20 +40,33 @@ class Bound:
         compute: Of the matrix units.
         memory: Of the memory.
         links: Of the links, by mesh axes.
-        mfu: Model FLOP utilisation if everything overlaps.
-        mfu_serial: The same if nothing does.
+        useful: Of the matrix units, for the operations that the mathematics asks for.
     """
 
     compute: float
     memory: float
     links: Mapping[str, float]
-    mfu: float
-    mfu_serial: float
+    useful: float
 
     @property
     def seconds(self) -> float:
         """The bound if everything overlaps."""
         return max(self.compute, self.memory, sum(self.links.values()))
+
+    @property
+    def serial(self) -> float:
+        """The bound if nothing does."""
+        return self.compute + self.memory + sum(self.links.values())
+
+    @property
+    def mfu(self) -> float:
+        """Model FLOP utilisation if everything overlaps."""
+        return self.useful / self.seconds if self.seconds else 0.0
+
+    @property
+    def mfu_serial(self) -> float:
+        """The same if nothing does."""
+        return self.useful / self.serial if self.serial else 0.0
 
     @property
     def limit(self) -> str:
@@ -68,14 +81,7 @@ def bound(work: Work, topology: Topology, mesh: Any) -> Bound:
     chip = topology.chip
     links = {axes: sent / axes_rate(mesh, axes, topology) for axes, sent in work.sent.items()}
     compute, memory = work.flops / chip.flops, work.hbm_bytes / chip.hbm_rate
-    network = sum(links.values())
-
-    def utilisation(seconds: float) -> float:
-        return work.model_flops / chip.flops / seconds if seconds else 0.0
-
-    overlapped = max(compute, memory, network)
-    serial = compute + memory + network
-    return Bound(compute, memory, links, utilisation(overlapped), utilisation(serial))
+    return Bound(compute, memory, links, work.model_flops / chip.flops)
 
 
 def axes_rate(mesh: Any, axes: str, topology: Topology) -> float:

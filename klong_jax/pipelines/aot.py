@@ -4,7 +4,7 @@ The compiler is the TPU's own (libtpu), the programs are those of training and s
 report is of one device: what the program holds, what it sends, and the least time it can take.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -15,14 +15,13 @@ from klong_jax.core.errors import UserError
 from klong_jax.kernels.backend import use_kernels
 from klong_jax.models.cost import parameters
 from klong_jax.models.presets import preset
-from klong_jax.parallel.aot import Program, compile_ahead
 from klong_jax.parallel.hlo import sent_by_axes
 from klong_jax.parallel.mesh import make_mesh
-from klong_jax.parallel.roofline import Bound, Work, bound
+from klong_jax.parallel.roofline import Bound, bound
 from klong_jax.parallel.rules import SERVING, TRAINING, use_mesh
 from klong_jax.parallel.topology import Topology, family, parse_topology
 from klong_jax.pipelines.config.pods import AotConfig
-from klong_jax.pipelines.programs import Lowered, Plan, lower_programs
+from klong_jax.pipelines.programs import Compiled, Plan, compile_programs
 from klong_jax.training.optimizer import OptimizerConfig
 
 _GIB = 2**30
@@ -33,26 +32,24 @@ class Result:
     """A compiled program and what is known of it.
 
     Attributes:
-        lowered: The program.
-        program: What the compiler said.
+        made: The program.
         bound: The least time it can take.
         capacity: Bytes of a device's memory.
     """
 
-    lowered: Lowered
-    program: Program
+    made: Compiled
     bound: Bound
     capacity: int
 
     @property
     def peak(self) -> int:
         """Bytes on a device while the program runs."""
-        return self.program.memory.total + self.lowered.resident
+        return self.made.program.memory.total + self.made.resident
 
     @property
     def fits(self) -> bool:
         """Whether they suffice."""
-        return not self.program.refused and self.peak <= self.capacity
+        return not self.made.program.refused and self.peak <= self.capacity
 
 
 def run(config: AotConfig) -> None:
@@ -89,6 +86,8 @@ def compile_for(config: AotConfig, topology: Topology) -> list[Result]:
         rows=config.rows or places,
         prefix=config.prefix,
         window=config.window,
+        shared=config.shared_prefix,
+        together=config.together,
         remat=config.remat,
         optimizer=OptimizerConfig(config.optimizer),
         chunk=config.chunk,
@@ -97,13 +96,9 @@ def compile_for(config: AotConfig, topology: Topology) -> list[Result]:
     rules = TRAINING if config.step in ("sft", "rl") else SERVING
     results = []
     with use_mesh(mesh, rules), use_kernels("tpu", **config.kernels.chosen()):
-        for lowered in lower_programs(config.step, plan):
-            program = compile_ahead(lowered.program, mesh.shape)
-            work = lowered.work
-            sent = sent_by_axes(program.collectives)
-            sent_work = Work(work.model_flops, work.flops, work.hbm_bytes, sent)
-            limits = bound(sent_work, topology, mesh)
-            results.append(Result(lowered, program, limits, topology.chip.hbm_bytes))
+        for made in compile_programs(config.step, plan):
+            work = replace(made.work, sent=sent_by_axes(made.program.collectives))
+            results.append(Result(made, bound(work, topology, mesh), topology.chip.hbm_bytes))
     return results
 
 
@@ -132,25 +127,56 @@ def _print(console: Console, config: AotConfig, topology: Topology, results: lis
         markup=False,
     )
     for result in results:
-        table = Table("", "", title=result.lowered.name, show_header=False)
+        table = Table("", "", title=result.made.name, show_header=False)
         for name, value in _rows(result):
             table.add_row(name, value)
         console.print(table)
         if not result.fits:
-            said = result.program.refused or "it takes more memory than a device has"
+            said = result.made.program.refused or "it takes more memory than a device has"
             console.print(f"does not fit: {said}", style="red", markup=False)
         if not result.fits or config.buffers:
             _print_buffers(console, result)
+    if config.shared_prefix and all(result.fits for result in results):
+        _print_sharing(console, config, results)
+
+
+def _print_sharing(console: Console, config: AotConfig, results: list[Result]) -> None:
+    """Compares the windows of a trajectory, computed whole and with their prefix once."""
+    table = Table(
+        f"{config.together} windows of a trajectory in every row",
+        "peak a device",
+        "least time",
+        "MFU at most",
+        "one after another",
+    )
+    ways = {
+        "computed whole": [(result, result.made.whole) for result in results],
+        f"{config.shared_prefix} tokens once": [(result, result.made.once) for result in results],
+    }
+    for name, runs in ways.items():
+        used = [(result, times) for result, times in runs if times]
+        seconds = sum(times * result.bound.seconds for result, times in used)
+        serial = sum(times * result.bound.serial for result, times in used)
+        useful = sum(times * result.bound.useful for result, times in used)
+        table.add_row(
+            name,
+            _gib(max(result.peak for result, _ in used)),
+            _time(seconds),
+            f"{useful / seconds:.0%}",
+            f"{_time(serial)}, {useful / serial:.0%}",
+        )
+    console.print(table)
 
 
 def _rows(result: Result) -> list[tuple[str, str]]:
-    memory, work, limits = result.program.memory, result.lowered.work, result.bound
+    program, work, limits = result.made.program, result.made.work, result.bound
+    memory = program.memory
     rows = [
         ("arguments", _gib(memory.arguments)),
         ("results", _gib(memory.outputs)),
         ("temporaries", _gib(memory.temporaries)),
         ("program", _gib(memory.code)),
-        ("optimiser state beside it", _gib(result.lowered.resident)),
+        ("state beside it", _gib(result.made.resident)),
         ("peak", f"{_gib(result.peak)} of {_gib(result.capacity)} a device"),
         (
             "arithmetic",
@@ -158,7 +184,7 @@ def _rows(result: Result) -> list[tuple[str, str]]:
         ),
         ("memory traffic", f"{work.hbm_bytes / 1e9:.4g} GB at least"),
     ]
-    sent = sent_by_axes(result.program.collectives)
+    sent = sent_by_axes(program.collectives)
     rows += [(f"sent over {axes}", f"{size / 1e9:.4g} GB") for axes, size in sent.items()]
     links = sum(limits.links.values())
     rows += [
@@ -167,20 +193,21 @@ def _rows(result: Result) -> list[tuple[str, str]]:
         ("time of links", _time(links)),
         ("least time", f"{_time(limits.seconds)}, set by {limits.limit}"),
         ("MFU at most", f"{limits.mfu:.0%} overlapped, {limits.mfu_serial:.0%} one after another"),
-        ("compiled in", f"{result.program.seconds:.0f} s"),
+        ("compiled in", f"{program.seconds:.0f} s"),
     ]
     return rows
 
 
 def _print_buffers(console: Console, result: Result) -> None:
     table = Table("size", "holds", "made by", title="largest buffers")
-    for buffer in result.program.memory.largest:
+    for buffer in result.made.program.memory.largest:
         table.add_row(_gib(buffer.size), _short(buffer.holds, 60), _short(buffer.made_by, 60))
     console.print(table)
 
 
 def _gib(size: float) -> str:
-    return f"{size / _GIB:.2f} GiB"
+    gib = size / _GIB
+    return f"{gib:.2f} GiB" if gib > 0.1 else f"{gib:.2g} GiB"
 
 
 def _tera(flops: float) -> str:

@@ -112,7 +112,10 @@ def _cores() -> Finding:
 
 
 def _memory() -> Finding:
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / _GIB
+    # Imported on use: what is missing is told first.
+    from klong_jax.parallel.memory import host_memory
+
+    total = host_memory() / _GIB
     said = "Enough for the recipe." if total >= 4 else "The recipe may need 4 GiB."
     return Finding("memory", f"{total:.1f} GiB", said)
 

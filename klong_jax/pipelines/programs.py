@@ -1,35 +1,42 @@
-"""The programs of training and serving, lowered for a mesh from shapes alone.
+"""The programs of training and serving, compiled for a mesh from shapes alone.
 
 They are the ones that run: the trainer's, with its optimiser state, and the engine's. Nothing is
 allocated, so the mesh may be of devices that are not here.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from math import prod
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
-from klong_jax.engine.programs import CACHE_DIMENSIONS, Rows, compile_programs
+from klong_jax.engine.programs import CACHE_DIMENSIONS, Rows
+from klong_jax.engine.programs import compile_programs as engine_programs
 from klong_jax.models.config import DecoderConfig, DTypes, Remat
 from klong_jax.models.cost import (
+    cache_numbers,
     forward_flops,
-    layer_matrices,
     parameters,
+    repeated_flops,
     stream_bytes,
 )
 from klong_jax.models.decoder import abstract, empty_cache
+from klong_jax.parallel.aot import Program, compile_ahead
 from klong_jax.parallel.mesh import MeshShape
 from klong_jax.parallel.roofline import Work
 from klong_jax.parallel.rules import array_sharding, placed
 from klong_jax.rl.loss import RlLossConfig, rl_loss
 from klong_jax.sft.loss import sft_loss
 from klong_jax.training.accumulate import Trainer, abstract_state
-from klong_jax.training.batches import WindowBatch
+from klong_jax.training.ahead import StepName, compile_step, device_bytes
+from klong_jax.training.batches import Layout
 from klong_jax.training.loss import WindowLoss
 from klong_jax.training.optimizer import OptimizerConfig, make_optimizer
+
+Step = Literal["sft", "rl", "prefill", "decode"]
+"""A training step, or a call of the engine with a full cache."""
 
 _BF16, _FLOAT32 = 2, 4
 
@@ -44,6 +51,8 @@ class Plan:
         rows: Windows of a micro-batch, or sequences that are served.
         prefix: Tokens of the pinned prefix.
         window: Tokens after it.
+        shared: Tokens of it that are computed once for all windows of a trajectory.
+        together: How many windows that is.
         remat: What a layer keeps for its backward pass.
         optimizer: How parameters are updated.
         chunk: Prompt tokens a row and prefill call.
@@ -55,6 +64,8 @@ class Plan:
     rows: int
     prefix: int
     window: int
+    shared: int
+    together: int
     remat: Remat
     optimizer: OptimizerConfig
     chunk: int
@@ -67,84 +78,97 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Lowered:
-    """A program, ready to be compiled.
+class Compiled:
+    """A compiled program.
 
     Attributes:
         name: What it does.
-        program: The lowered program.
+        program: What the compiler said.
         resident: Bytes that a device holds beside the program's arguments while it runs.
         work: What one device does, but for what it sends.
+        whole: How often it runs for a trajectory in every row whose windows are computed whole.
+        once: The same with the prefix computed once.
     """
 
     name: str
-    program: Any
+    program: Program
     resident: int
     work: Work
+    whole: int = 0
+    once: int = 0
 
 
-def lower_programs(step: str, plan: Plan) -> list[Lowered]:
-    """Lowers the programs of "sft", "rl", "prefill" or "decode" under the active mesh."""
-    return {"sft": _sft, "rl": _rl, "prefill": _prefill, "decode": _decode}[step](plan)
+def compile_programs(step: Step, plan: Plan) -> Iterator[Compiled]:
+    """Compiles the programs of a step under the active mesh, one after another.
+
+    Raises:
+        UserError: The mesh does not divide an array.
+    """
+    match step:
+        case "sft":
+            return _training(plan, lambda graph: sft_loss(graph, remat=plan.remat))
+        case "rl":
+            loss = partial(rl_loss, config=RlLossConfig(), remat=plan.remat)
+            return _training(plan, loss)
+        case "prefill":
+            return _prefill(plan)
+        case "decode":
+            return _decode(plan)
 
 
-def device_bytes(tree: Any) -> int:
-    """Bytes of a tree of placed shapes on one device."""
-    leaves = jax.tree.leaves(tree)
-    return sum(prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
+def _compile(lowered: Any) -> Program:
+    return compile_ahead(lowered, jax.sharding.get_mesh().shape)
 
 
-def _sft(plan: Plan) -> list[Lowered]:
-    return _training(plan, lambda graph: sft_loss(graph, remat=plan.remat))
-
-
-def _rl(plan: Plan) -> list[Lowered]:
-    return _training(plan, lambda graph: rl_loss(graph, RlLossConfig(), remat=plan.remat))
-
-
-def _training(plan: Plan, loss: Callable[[Any], WindowLoss]) -> list[Lowered]:
+def _training(plan: Plan, loss: Callable[[Any], WindowLoss]) -> Iterator[Compiled]:
     graph, params = abstract(plan.model, DTypes("float32", "bfloat16"))
     optimizer = make_optimizer(plan.optimizer)
     state = abstract_state(params, optimizer)
-    trainer = Trainer(loss(graph), optimizer)
-    row = _array((plan.rows, plan.length), jnp.float32)
-    tokens = _array((plan.rows, plan.length), jnp.int32)
-    batch = WindowBatch(tokens, row, row, row, _array((plan.rows,), jnp.float32))
-    total = placed(jax.eval_shape(trainer.start, state.params, batch))
-    scale = jax.ShapeDtypeStruct((), jnp.float32)
-    return [
-        Lowered(
-            "gradients of a micro-batch",
-            trainer.accumulate.lower(state.params, total, batch),
-            device_bytes(state.opt_state),
-            _gradient_work(plan),
-        ),
-        Lowered(
-            "update of the parameters",
-            trainer.update.lower(state, total[0], scale),
-            0,
+    layout = Layout(plan.length, plan.rows, (plan.shared,))
+    for made in compile_step(Trainer(loss(graph), optimizer), state, layout, _compile):
+        title, whole, once = _STEPS[made.name]
+        if made.name == "update":
             # Gradient and three arrays of the state are read, the three are written.
-            Work(0.0, 0.0, device_bytes((state, state, total[0])), {}),
-        ),
-    ]
+            work = Work(0.0, 0.0, device_bytes((state, state, state.params)), {})
+        else:
+            work = _gradient_work(plan, made.name)
+        runs = [plan.together if runs == "windows" else runs for runs in (whole, once)]
+        yield Compiled(title, made.compiled, made.beside, work, *runs)
 
 
-def _gradient_work(plan: Plan) -> Work:
+# Names for people, and how often each runs for the windows of a trajectory, computed whole and with
+# their prefix computed once.
+_STEPS: dict[StepName, tuple[str, int | Literal["windows"], int | Literal["windows"]]] = {
+    "whole": ("gradients of a micro-batch", "windows", 0),
+    "read": ("the prefix forward", 0, 1),
+    "after": ("gradients of windows after the prefix", 0, "windows"),
+    "back": ("the prefix backward", 0, 1),
+    "update": ("update of the parameters", 0, 0),
+}
+
+
+def _gradient_work(plan: Plan, name: StepName) -> Work:
     model, chips = plan.model, plan.mesh.devices
-    whole = forward_flops(model, plan.rows, plan.length, 0, plan.length)
-    layers = forward_flops(model, plan.rows, plan.length, 0, 0)
-    again = {"none": 0.0, "dots": 0.0, "full": layers}
-    matrices = 2.0 * plan.rows * plan.length * layer_matrices(model, active=True)
-    repeated = again.get(plan.remat, matrices)
-    passes = 3 if plan.remat in ("none", "dots") else 4
-    tokens = plan.rows * plan.length / chips
-    gathered = _weights_on_device(plan, _BF16)
-    streamed = tokens * stream_bytes(model, _BF16)
-    hbm = passes * (2 * gathered + streamed) + 2 * _FLOAT32 * parameters(model) / chips
-    return Work(3 * whole / chips, (3 * whole + repeated) / chips, hbm, {})
+    own, before = {
+        "whole": (plan.length, 0),
+        "after": (plan.length - plan.shared, plan.shared),
+    }.get(name, (plan.shared, 0))
+    forward = forward_flops(model, plan.rows, own, before, own)
+    repeated = repeated_flops(model, plan.remat, plan.rows, own, before)
+    # Of three passes' worth of work reading does one, and going back the rest with what repeats.
+    passes = {"read": 1, "back": 2}.get(name, 3)
+    if name == "read":
+        repeated = 0.0
+    sweeps = passes + (name != "read" and plan.remat in ("attention", "full"))
+    streamed = plan.rows * own / chips * stream_bytes(model, _BF16)
+    streamed += plan.rows * before / chips * 2 * cache_numbers(model) * _BF16
+    hbm = sweeps * (2 * _weights_on_device(plan, _BF16) + streamed)
+    if name != "read":
+        hbm += 2 * _FLOAT32 * parameters(model) / chips
+    return Work(passes * forward / chips, (passes * forward + repeated) / chips, hbm, {})
 
 
-def _prefill(plan: Plan) -> list[Lowered]:
+def _prefill(plan: Plan) -> Iterator[Compiled]:
     params, cache, prefill, _ = _serving(plan)
     positions = _array((plan.rows, plan.chunk), jnp.int32)
     before = plan.length - plan.chunk
@@ -152,20 +176,20 @@ def _prefill(plan: Plan) -> list[Lowered]:
     tokens = plan.rows * plan.chunk / plan.mesh.devices
     hbm = _weights_on_device(plan, _BF16) + device_bytes(cache)
     hbm += tokens * stream_bytes(plan.model, _BF16)
-    program = prefill.lower(params, cache, positions, positions)
-    return [Lowered("prefill of a full cache", program, 0, Work(flops, flops, hbm, {}))]
+    program = _compile(prefill.lower(params, cache, positions, positions))
+    yield Compiled("prefill of a full cache", program, 0, Work(flops, flops, hbm, {}))
 
 
-def _decode(plan: Plan) -> list[Lowered]:
+def _decode(plan: Plan) -> Iterator[Compiled]:
     params, cache, _, sample = _serving(plan)
     number = _array((plan.rows,), jnp.int32)
     key = _array((plan.rows, 2), jnp.uint32)
     each = forward_flops(plan.model, plan.rows, 1, plan.length - 1, 1) / plan.mesh.devices
     flops = plan.decode_steps * each
     hbm = plan.decode_steps * (_weights_on_device(plan, _BF16) + device_bytes(cache))
-    program = sample.lower(params, cache, Rows(number, number, number, key, number))
+    program = _compile(sample.lower(params, cache, Rows(number, number, number, key, number)))
     name = f"decoding of {plan.decode_steps} tokens"
-    return [Lowered(name, program, 0, Work(flops, flops, hbm, {}))]
+    yield Compiled(name, program, 0, Work(flops, flops, hbm, {}))
 
 
 def _serving(plan: Plan) -> tuple[Any, Any, Any, Any]:
@@ -173,7 +197,7 @@ def _serving(plan: Plan) -> tuple[Any, Any, Any, Any]:
     graph, params = abstract(plan.model, dtypes)
     shapes = jax.eval_shape(lambda: empty_cache(plan.model, plan.rows, plan.length, dtypes))
     cache = jax.tree.map(lambda x: _array(x.shape, x.dtype, CACHE_DIMENSIONS, "the cache"), shapes)
-    prefill, sample = compile_programs(graph, end_id=0, temperature=1.0, steps=plan.decode_steps)
+    prefill, sample = engine_programs(graph, end_id=0, temperature=1.0, steps=plan.decode_steps)
     return placed(params), cache, prefill, sample
 
 

@@ -179,6 +179,7 @@ class _Recipe:
             seed=self.config.seed,
             together=sft.together,
             shared_prefix=sft.shared_prefix,
+            rows_share=sft_pipeline.rows_share(sft),
         )
         phases.append(Phase(data, sft.steps, sft.batch, sft.micro_batch))
         policy = sft_pipeline.train(

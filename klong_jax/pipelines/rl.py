@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack, closing
 from dataclasses import replace
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -14,6 +15,7 @@ from rich.console import Console
 
 from klong_jax.core.errors import UserError
 from klong_jax.core.task import Task
+from klong_jax.models.config import Remat
 from klong_jax.models.decoder import Params
 from klong_jax.parallel.distributed import (
     from_first,
@@ -23,7 +25,7 @@ from klong_jax.parallel.distributed import (
     start_processes,
     together,
 )
-from klong_jax.parallel.rules import SERVING, param_specs
+from klong_jax.parallel.rules import SERVING, param_shardings, param_specs
 from klong_jax.pipelines.arena import Arena, open_arena
 from klong_jax.pipelines.config.commands import Reinforcing, RlConfig
 from klong_jax.pipelines.policy import (
@@ -38,6 +40,7 @@ from klong_jax.pipelines.process import (
     open_console,
     prepare_process,
 )
+from klong_jax.pipelines.remat import Step, fitting_trainer
 from klong_jax.pipelines.rundir import open_run
 from klong_jax.pipelines.stage import stage
 from klong_jax.rl.batch import RlBatch
@@ -46,7 +49,7 @@ from klong_jax.rl.reference import make_refer
 from klong_jax.rl.run import Collect, RlRunConfig, roll_out, run_rl
 from klong_jax.rl.stages import Position
 from klong_jax.text.tasks import load_tasks
-from klong_jax.training.accumulate import Trainer
+from klong_jax.training.accumulate import Trainer, abstract_state
 from klong_jax.training.average import served_params
 from klong_jax.training.batches import Layout
 from klong_jax.training.checkpoint import Checkpoints
@@ -113,14 +116,30 @@ async def train(
     checkpoints = Checkpoints(folder / "checkpoints", policy.identity, tidy=True)
     done = checkpoints.latest() or 0
     total = sum(s.max_steps for s in section.stages)
+
+    def trainer(remat: Remat) -> Trainer:
+        loss = rl_loss(policy.graph, numbers, remat=remat)
+        return Trainer(loss, make_optimizer(optimizer), section.router_bias_rate)
+
     shape = RlRunConfig(
         stages=section.timeline(),
         groups=section.groups,
         rollouts=section.rollouts,
         tokens_per_rollout=section.tokens_per_rollout,
-        layout=Layout(config.splitting.context_limit, section.micro_batch, section.shared_prefix),
+        layout=Layout(
+            config.splitting.context_limit, section.micro_batch, (section.shared_prefix,)
+        ),
         seed=config.seed,
     )
+    fitting = Step(
+        trainer,
+        policy.config,
+        policy.dtypes.compute,
+        abstract_state(policy.params, make_optimizer(optimizer)),
+        [shape.layout],
+        _served_bytes(policy.params),
+    )
+    trains = fitting_trainer(section.remat, fitting, folder, console)
     metrics = together(lambda: MetricsLog(folder / "metrics.jsonl", done, section.log_to))
     with (
         closing(checkpoints),
@@ -130,11 +149,7 @@ async def train(
         state = await run_rl(
             shape,
             fresh_state(policy, optimizer),
-            Trainer(
-                rl_loss(policy.graph, numbers, remat=section.remat),
-                make_optimizer(optimizer),
-                section.router_bias_rate,
-            ),
+            trains,
             _collector(shape, [task.task_id for task in tasks], arena),
             make_refer(policy.graph, policy.params, temperature)
             if section.kl_beta > 0
@@ -144,6 +159,19 @@ async def train(
             on_step=lambda row: advance(1, _remark(row)),
         )
     return replace(policy, params=served_params(state.params, state.opt_state))
+
+
+def _served_bytes(params: Params) -> int:
+    """Bytes on a device of the parameters with which rollouts are served.
+
+    One device serves with those that it trains; of several, each holds more than its part.
+    """
+    mesh = jax.sharding.get_mesh()
+    if mesh.size == 1:
+        return 0
+    places = param_shardings(params, mesh, SERVING)
+    leaves = zip(jax.tree.leaves(params), jax.tree.leaves(places), strict=True)
+    return sum(prod(at.shard_shape(x.shape)) * x.dtype.itemsize for x, at in leaves)
 
 
 def _collector(config: RlRunConfig, task_ids: Sequence[str], arena: Arena | None) -> Collect:

@@ -11,7 +11,9 @@ from rich.console import Console
 
 from klong_jax.core.errors import Preempted
 from klong_jax.core.message import Message
+from klong_jax.models.config import Remat
 from klong_jax.parallel.distributed import start_processes, together
+from klong_jax.parallel.rules import rounded_up
 from klong_jax.pipelines.config.commands import SftConfig
 from klong_jax.pipelines.config.training import DrillSection, SftSection
 from klong_jax.pipelines.dialect import make_dialect
@@ -28,6 +30,7 @@ from klong_jax.pipelines.process import (
     open_console,
     prepare_process,
 )
+from klong_jax.pipelines.remat import Step, fitting_trainer
 from klong_jax.pipelines.rundir import open_run
 from klong_jax.pipelines.stage import stage
 from klong_jax.pipelines.tokenised import Tokeniser, heldout_windows, tokenised_windows
@@ -38,7 +41,7 @@ from klong_jax.sft.run import Phase, run_sft
 from klong_jax.splitting.policy import ContextPolicy
 from klong_jax.text.dialect import Dialect
 from klong_jax.text.tokenizer import bundled_tokenizer, load_tokenizer
-from klong_jax.training.accumulate import Trainer
+from klong_jax.training.accumulate import Trainer, abstract_state
 from klong_jax.training.average import served_params
 from klong_jax.training.checkpoint import Checkpoints
 from klong_jax.training.metrics import MetricsLog
@@ -69,6 +72,7 @@ def run(config: SftConfig) -> None:
                 seed=config.seed,
                 together=config.sft.together,
                 shared_prefix=config.sft.shared_prefix,
+                rows_share=rows_share(config.sft),
             )
         )
         judges = together(lambda: heldout_windows(config.data, tokeniser, cache, console))
@@ -109,7 +113,20 @@ def train(
     done = checkpoints.latest() or 0
     metrics = together(lambda: MetricsLog(folder / "metrics.jsonl", done, section.log_to))
     kind = jax.devices()[0].device_kind
-    loss = sft_loss(policy.graph, remat=section.remat)
+
+    def trainer(remat: Remat) -> Trainer:
+        loss = sft_loss(policy.graph, remat=remat)
+        return Trainer(loss, make_optimizer(optimizer), section.router_bias_rate)
+
+    fitting = Step(
+        trainer,
+        policy.config,
+        policy.dtypes.compute,
+        abstract_state(policy.params, make_optimizer(optimizer)),
+        [phase.data.layout(phase.micro_batch) for phase in phases],
+    )
+    trains = fitting_trainer(section.remat, fitting, folder, console)
+    judges = sft_loss(policy.graph, remat="none")
     with (
         noticing_preemption() as preemption,
         closing(checkpoints),
@@ -119,7 +136,7 @@ def train(
         state = run_sft(
             phases,
             fresh_state(policy, optimizer),
-            Trainer(loss, make_optimizer(optimizer), section.router_bias_rate),
+            trains,
             checkpoints,
             metrics,
             Meter.of_devices(policy.config, jax.device_count(), kind),
@@ -127,11 +144,16 @@ def train(
             save_every=section.save_every,
             on_step=lambda row: advance(1, f"{row['phase']}: loss {row['loss']:.3f}"),
             asked_to_stop=preemption.asked,
-            heldout=HeldOut(heldout, loss, section.micro_batch) if heldout else None,
+            heldout=HeldOut(heldout, judges, section.micro_batch) if heldout else None,
         )
     if preemption.agreed:
         raise Preempted
     return replace(policy, params=served_params(state.params, state.opt_state))
+
+
+def rows_share(section: SftSection) -> float:
+    """Rows of a micro-batch that may stay empty, as a share of a step's groups."""
+    return (rounded_up(section.micro_batch, "batch") - 1) / section.batch
 
 
 def drill_windows(

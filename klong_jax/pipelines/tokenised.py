@@ -76,6 +76,7 @@ def tokenised_windows(
     seed: int,
     together: int = 1,
     shared_prefix: int | Literal["auto"] = 0,
+    rows_share: float = 1.0,
 ) -> WindowDataset:
     """The windows of recordings.
 
@@ -88,6 +89,7 @@ def tokenised_windows(
         seed: Seeds the order of a mixture.
         together: Most windows of one trajectory that make a group.
         shared_prefix: Tokens at the front of a group's windows that are computed once.
+        rows_share: Rows of a micro-batch that may stay empty, as a share of a step's groups.
 
     Raises:
         UserError: A recording cannot be used and is not to be passed over, the cache is spoilt, or
@@ -107,22 +109,27 @@ def tokenised_windows(
         ]
         mixture = Mixture([first, *others], draws, seed)
     prefixes = [prefix for part in parts for prefix in part.prefixes()]
-    shared = shared_prefix
-    if shared == "auto":
-        shared = best_shared(prefixes, SHARED_MULTIPLE)
-    if shared:
-        sharing = sum(prefix_len >= shared for prefix_len, _ in prefixes)
+    limit = tokeniser.policy.limit
+    if shared_prefix == "auto":
+        shared = best_shared(prefixes, SHARED_MULTIPLE, limit, rows_share)
+    else:
+        shared = (shared_prefix,) if shared_prefix else ()
+    left = [prefix_len for prefix_len, _ in prefixes]
+    for length in reversed(shared):
+        shorter = [prefix_len for prefix_len in left if prefix_len < length]
         console.print(
-            f"{sharing} of {len(prefixes)} groups of windows compute {shared} tokens of their "
-            "pinned prefix once",
+            f"{len(left) - len(shorter)} of {len(prefixes)} groups of windows compute {length} "
+            "tokens of their pinned prefix once",
             markup=False,
         )
+        left = shorter
     return WindowDataset(
         name="trajectories",
         groups=Joined(parts),
-        length=tokeniser.policy.limit,
+        length=limit,
         shared=shared,
-        prefix_trained=bool(shared) and any(part.trains_before(shared) for part in parts),
+        prefix_trained=bool(shared) and any(part.trains_before(shared[-1]) for part in parts),
+        whole=bool(left),
         mixture=mixture,
     )
 

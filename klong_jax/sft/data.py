@@ -19,6 +19,10 @@ from klong_jax.splitting.policy import ContextPolicy
 from klong_jax.text.dialect import Dialect
 from klong_jax.training.batches import Group, Layout
 
+_MOST_SHARED = 3
+_WORTH = 0.03
+"""What another length must spare of the tokens that are computed."""
+
 
 @dataclass(frozen=True)
 class WindowDataset:
@@ -28,8 +32,10 @@ class WindowDataset:
         name: For logs.
         groups: All of them.
         length: Tokens a window is padded to.
-        shared: Tokens at the front of a group's windows that are computed once; 0 for none.
+        shared: Tokens at the front of a group's windows that are computed once, each group's the
+            longest that its pinned prefix has; shortest first.
         prefix_trained: Whether any of these tokens is trained.
+        whole: Whether the pinned prefix of any group has none.
         mixture: In which order groups of several sources are drawn, whose groups stand end to end;
             of one source, each epoch has an order of its own.
     """
@@ -37,8 +43,9 @@ class WindowDataset:
     name: str
     groups: Sequence[Group]
     length: int
-    shared: int = 0
+    shared: tuple[int, ...] = ()
     prefix_trained: bool = True
+    whole: bool = True
     mixture: Mixture | None = None
 
     def __post_init__(self) -> None:
@@ -47,7 +54,7 @@ class WindowDataset:
 
     def layout(self, rows: int) -> Layout:
         """How its batches are laid out: the same shapes for all of them."""
-        return Layout(self.length, rows, self.shared, self.prefix_trained)
+        return Layout(self.length, rows, self.shared, self.prefix_trained, whole=self.whole)
 
     def batch(self, position: int, size: int, seed: int) -> list[Group]:
         """The groups from `position` on.
@@ -88,25 +95,42 @@ class Joined(Sequence[Group]):
         return self._parts[part][number - self._first[part]]
 
 
-def best_shared(prefixes: Iterable[tuple[int, int]], multiple: int) -> int:
-    """The length of the shared prefix that spares the most tokens; 0 if none does.
+def best_shared(
+    prefixes: Iterable[tuple[int, int]], multiple: int, length: int, rows_share: float
+) -> tuple[int, ...]:
+    """The lengths of shared prefixes that spare the most tokens, the shortest first.
 
-    A group shares it if its pinned prefix is as long, and then computes it once instead of once a
-    window.
+    A group shares the longest that its pinned prefix has, and then computes it once instead of once
+    a window. Each length has programs of its own, and groups of two lengths share no micro-batch,
+    of which half stays empty on average. So after the first, a length is only added for what it
+    spares beyond that, of all that is still computed.
 
     Args:
         prefixes: Of each group the length of its pinned prefix and its number of windows.
-        multiple: What the length is a multiple of.
+        multiple: What the lengths are a multiple of.
+        length: Tokens a window is padded to.
+        rows_share: Rows of a micro-batch that may stay empty, as a share of a step's groups.
     """
-    spared: Counter[int] = Counter()
+    repeats: Counter[int] = Counter()
+    computed = 0
     for prefix_len, windows in prefixes:
-        spared[prefix_len // multiple * multiple] += windows - 1
-    best = most = windows = 0
-    for length in sorted(spared, reverse=True):
-        windows += spared[length]
-        if windows * length > most:
-            best, most = length, windows * length
-    return best
+        repeats[prefix_len // multiple * multiple] += windows - 1
+        computed += windows * length
+    # The longest first, which wins where two spare as much.
+    found = np.array(sorted(repeats, reverse=True), np.int64)
+    count = np.array([repeats[size] for size in found.tolist()], np.int64)
+    worth, shared = _WORTH + rows_share / 2, np.zeros_like(found)
+    chosen: list[int] = []
+    while len(found) and len(chosen) < _MOST_SHARED:
+        candidates = found[:, None]
+        more = np.where(found >= candidates, np.maximum(candidates - shared, 0), 0) @ count
+        best = int(more.argmax())
+        if more[best] == 0 or (chosen and more[best] < worth * computed):
+            break
+        chosen.append(int(found[best]))
+        shared = np.maximum(shared, np.where(found >= found[best], found[best], 0))
+        computed -= int(more[best])
+    return tuple(sorted(chosen))
 
 
 def windows_of(

@@ -71,6 +71,7 @@ class Trainer:
     Attributes:
         start: Sums of nothing: zero gradients and logs for parameters and a micro-batch.
         accumulate: Adds a micro-batch's gradients and logs to the sums.
+        shared: The same for windows whose prefix is computed once.
         update: Takes an optimiser step with the summed gradients.
     """
 
@@ -105,7 +106,7 @@ class Trainer:
             return constrain_params(balance_routers(params, loads, router_bias_rate))
 
         self.start, self.accumulate, self.update = start, accumulate, update
-        self._shared = SharedPrefixGradient(loss)
+        self.shared = SharedPrefixGradient(loss)
         self._balance = balance if router_bias_rate > 0 else None
 
     def add(self, params: Params, total: Any, batch: WindowBatch | SharedBatch) -> Any:
@@ -113,7 +114,7 @@ class Trainer:
         if isinstance(batch, SharedBatch):
             if total is None:
                 total = self.start(params, place_batch(batch.windows[0]))
-            return self._shared.add(params, total, batch)
+            return self.shared.add(params, total, batch)
         batch = place_batch(batch)
         if total is None:
             total = self.start(params, batch)

@@ -1,5 +1,6 @@
 """Windows as arrays of one fixed shape."""
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
@@ -97,43 +98,47 @@ class Layout:
         length: Tokens a window is padded to.
         rows: Windows, or groups that share a prefix, of a micro-batch; on a mesh rounded up to what
             its devices share evenly.
-        shared: Tokens at the front of a group's windows that are computed once; 0 computes every
-            window whole, as is done with groups whose pinned prefix is shorter.
+        shared: Tokens at the front of a group's windows that are computed once: of these lengths
+            the longest that its pinned prefix has. A group that has none is computed whole.
         trained: Whether a token of a shared prefix may be trained.
+        whole: Whether there may be groups that have none.
     """
 
     length: int
     rows: int
-    shared: int = 0
+    shared: tuple[int, ...] = ()
     trained: bool = True
+    whole: bool = True
 
-    def shares(self, group: Group) -> bool:
-        """Whether a group's windows begin with what is computed once."""
-        return 0 < self.shared <= group[0].prefix_len
+    def shared_by(self, group: Group) -> int:
+        """How many tokens at the front of a group's windows are computed once."""
+        return max((n for n in self.shared if n <= group[0].prefix_len), default=0)
 
 
 def lay_out(
     groups: Sequence[Group], weights: Sequence[float], layout: Layout
 ) -> Iterator[WindowBatch | SharedBatch]:
     """Cuts groups of windows, one weight each, into micro-batches."""
-    sharing, alone = [], []
+    sharing: dict[int, list[WindowBatch]] = defaultdict(list)
+    alone = []
     for group, weight in zip(groups, weights, strict=True):
-        if layout.shares(group):
-            sharing.append(pad_windows(group, [weight] * len(group), layout.length))
+        if shared := layout.shared_by(group):
+            sharing[shared].append(pad_windows(group, [weight] * len(group), layout.length))
         else:
             alone += [(window, weight) for window in group]
-    # Long groups first: few rows are padding, and those with an n-th window come before the others.
-    sharing.sort(key=lambda group: -len(group.tokens))
     rows = rounded_up(layout.rows, "batch")
-    for start in range(0, len(sharing), rows):
-        yield _shared(sharing[start : start + rows], rows, layout)
+    for shared, alike in sorted(sharing.items()):
+        # Long groups first: few rows are padding, and those with an n-th window come before others.
+        alike.sort(key=lambda group: -len(group.tokens))
+        for start in range(0, len(alike), rows):
+            yield _shared(alike[start : start + rows], rows, shared, layout.trained)
     if alone:
         whole = pad_windows([w for w, _ in alone], [weight for _, weight in alone], layout.length)
         yield from micro_batches(whole, layout.rows)
 
 
-def _shared(groups: Sequence[WindowBatch], rows: int, layout: Layout) -> SharedBatch:
-    front, rest = slice(0, layout.shared), slice(layout.shared, None)
+def _shared(groups: Sequence[WindowBatch], rows: int, shared: int, trained: bool) -> SharedBatch:
+    front, rest = slice(0, shared), slice(shared, None)
     # The first window trains the prefix; to the others it is context.
     heads = [_cut(group, slice(0, 1), front) for group in groups]
     tails = [
@@ -141,7 +146,7 @@ def _shared(groups: Sequence[WindowBatch], rows: int, layout: Layout) -> SharedB
         for at in range(len(groups[0].tokens))
     ]
     windows = tuple(_stack(tail, rows) for tail in tails)
-    return SharedBatch(_stack(heads, rows), layout.trained, windows)
+    return SharedBatch(_stack(heads, rows), trained, windows)
 
 
 def _cut(batch: WindowBatch, rows: slice, columns: slice) -> WindowBatch:

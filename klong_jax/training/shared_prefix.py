@@ -6,6 +6,7 @@ backward once. That is the chain rule in another order, so the gradient is that 
 window whole; memory is that of the prefix and one window, however many there are.
 """
 
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -24,6 +25,35 @@ _KEYS = (None, "batch", "length", "kv_heads", None)
 _HIDDEN = ("batch", None, "embed")
 
 
+@partial(jax.tree_util.register_dataclass, data_fields=["kept"], meta_fields=["places", "form"])
+@dataclass(frozen=True)
+class _Backward:
+    """The way back through a prefix, less the parameters, which would be copied otherwise.
+
+    Attributes:
+        kept: What the forward pass keeps for it.
+        places: For each of its leaves, which parameter it is; None if it is of `kept`.
+        form: Makes it of its leaves.
+    """
+
+    kept: list[Any]
+    places: tuple[int | None, ...]
+    form: Any
+
+    @classmethod
+    def without(cls, params: Params, backward: Any) -> "_Backward":
+        number = {id(leaf): index for index, leaf in enumerate(jax.tree.leaves(params))}
+        leaves, form = jax.tree.flatten(backward)
+        places = tuple(number.get(id(leaf)) for leaf in leaves)
+        kept = [leaf for leaf, place in zip(leaves, places, strict=True) if place is None]
+        return cls(kept, places, form)
+
+    def with_params(self, params: Params) -> Any:
+        known, kept = jax.tree.leaves(params), iter(self.kept)
+        leaves = [next(kept) if place is None else known[place] for place in self.places]
+        return jax.tree.unflatten(self.form, leaves)
+
+
 class SharedPrefixGradient:
     """Adds a micro-batch's gradients to a sum, by three programs of fixed shapes.
 
@@ -40,7 +70,8 @@ class SharedPrefixGradient:
             forward = partial(loss.read, prefix=prefix, trained=trained)
             (state, value), backward, logs = jax.vjp(forward, params, has_aux=True)
             state = constrain_prefix(state)
-            return state, constrain_prefix(_zeros(state)), {"loss": value, **logs}, backward
+            wanted = constrain_prefix(_zeros(state))
+            return state, wanted, {"loss": value, **logs}, _Backward.without(params, backward)
 
         @partial(jax.jit, donate_argnums=(2, 3))
         def after(
@@ -54,10 +85,17 @@ class SharedPrefixGradient:
             total = jax.tree.map(jnp.add, total, (grads, {"loss": value, **logs}))
             return constrain_prefix(wanted), (constrain_params(total[0]), total[1])
 
-        @partial(jax.jit, donate_argnums=3)
-        def back(backward: Any, state: Prefix, wanted: Prefix, total: Total, logs: Logs) -> Total:
+        @partial(jax.jit, donate_argnums=4)
+        def back(
+            params: Params,
+            backward: _Backward,
+            state: Prefix,
+            wanted: Prefix,
+            total: Total,
+            logs: Logs,
+        ) -> Total:
             asked = jax.tree.map(lambda x, y: x.astype(y.dtype), wanted, state)
-            (grads,) = backward((asked, jnp.ones_like(logs["loss"])))
+            (grads,) = backward.with_params(params)((asked, jnp.ones_like(logs["loss"])))
             total = jax.tree.map(jnp.add, total, (grads, logs))
             return constrain_params(total[0]), total[1]
 
@@ -69,7 +107,7 @@ class SharedPrefixGradient:
         state, wanted, logs, backward = self.read(params, prefix, trained=batch.trained)
         for window in batch.windows:
             wanted, total = self.after(params, state, wanted, total, place_batch(window))
-        result: Total = self.back(backward, state, wanted, total, logs)
+        result: Total = self.back(params, backward, state, wanted, total, logs)
         return result
 
 

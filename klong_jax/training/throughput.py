@@ -81,11 +81,9 @@ def step_flops(model: DecoderConfig, groups: Sequence[Group], layout: Layout) ->
     total = 0.0
     for group in groups:
         lengths = [len(window.tokens) for window in group]
-        if layout.shares(group):
-            fresh = [length - layout.shared for length in lengths]
-            _, done = prefix_sharing_flops(
-                model, layout.shared, fresh, prefix_trained=layout.trained
-            )
+        if shared := layout.shared_by(group):
+            fresh = [length - shared for length in lengths]
+            _, done = prefix_sharing_flops(model, shared, fresh, prefix_trained=layout.trained)
             total += done
         else:
             total += sum(3 * forward_flops(model, 1, length, 0, length) for length in lengths)

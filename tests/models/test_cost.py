@@ -1,11 +1,19 @@
 """Counted parameters are those of the decoder, and passes add up however they are cut."""
 
+from typing import get_args
+
 import jax
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from klong_jax.models.cost import forward_flops, parameters, prefix_sharing_flops
+from klong_jax.models.config import Remat
+from klong_jax.models.cost import (
+    forward_flops,
+    parameters,
+    prefix_sharing_flops,
+    repeated_flops,
+)
 from klong_jax.models.decoder import abstract
 from klong_jax.models.presets import PRESETS, preset
 
@@ -43,3 +51,15 @@ def test_sharing_a_prefix_saves_all_of_its_passes_but_one(
     once = 3 * forward_flops(config, 1, prefix, 0, prefix)
     assert naive - shared == pytest.approx((len(fresh) - 1) * once, abs=1e-6 * naive)
     assert shared == pytest.approx(naive) if len(fresh) == 1 else shared < naive
+
+
+@given(st.sampled_from(sorted(PRESETS)), st.integers(1, 500), st.integers(0, 500))
+def test_full_repeats_a_pass_and_the_others_less(name: str, new: int, old: int) -> None:
+    config = preset(name)
+    full = repeated_flops(config, "full", 2, new, old)
+    assert full == pytest.approx(forward_flops(config, 2, new, old, 0))
+    repeated = [repeated_flops(config, remat, 2, new, old) for remat in get_args(Remat)]
+    # In the order of their names, which is the order they are tried in.
+    assert repeated == sorted(repeated) and repeated[0] == 0
+    # Experts' products are no dots to the policy.
+    assert (repeated[1] > 0) == (config.moe is not None)

@@ -87,7 +87,7 @@ def gradients(model: str, shared: int | None) -> tuple[Any, dict[str, Any]]:
     batches: list[Any] = [make_batch()]
     if shared is not None:
         groups = make_groups()
-        batches = list(lay_out(groups, [0.5] * len(groups), Layout(48, 8, shared)))
+        batches = list(lay_out(groups, [0.5] * len(groups), Layout(48, 8, (shared,))))
     total = None
     for batch in batches:
         total = trainer.add(params, total, batch)

@@ -8,6 +8,9 @@ import sys
 
 import pytest
 
+from klong_jax.models.config import DecoderConfig
+from klong_jax.models.cost import kept_numbers
+
 GIB = r"([\d.]+) GiB"
 
 
@@ -20,10 +23,12 @@ def libtpu() -> None:
         pytest.skip(message)
 
 
-def aot(*arguments: str) -> tuple[int, str, str]:
+def aot(
+    *arguments: str, program: tuple[str, ...] = ("-m", "klong_jax.cli")
+) -> tuple[int, str, str]:
     """Exit status, output and errors of `klong aot`."""
     done = subprocess.run(
-        [sys.executable, "-m", "klong_jax.cli", "aot", *arguments],
+        [sys.executable, *program, "aot", *arguments],
         env=os.environ | {"COLUMNS": "160"},
         text=True,
         capture_output=True,
@@ -82,6 +87,35 @@ def test_a_dense_model_trains_on_a_small_slice() -> None:
     assert max(peaks(out)) < 15.75
 
 
+SMALL = """
+from klong_jax import cli
+from klong_jax.models.config import DecoderConfig
+from klong_jax.models.presets import PRESETS
+PRESETS["small"] = DecoderConfig(1024, 256, 2, 4, 2, 64, 512)
+cli.main()
+"""
+
+
+@pytest.mark.slow
+def test_a_prefix_that_is_computed_once_is_counted_with_what_it_keeps() -> None:
+    status, out, err = aot(
+        "model=small", "topology=v5e:2x2", "mesh.context=2", "remat=none",
+        "prefix=512", "window=512", "shared_prefix=512", "together=8", program=("-c", SMALL),
+    )  # fmt: skip
+    assert status == 0, err
+    whole, read, after, back, _ = peaks(out)
+    # Beside a window is what the prefix keeps for its backward pass, of a fourth of its tokens.
+    beside = [float(size) for size in re.findall(rf"state beside it +│ {GIB}", out)]
+    kept = 2 * 512 / 4 * 2 * kept_numbers(DecoderConfig(1024, 256, 2, 4, 2, 64, 512), "none")
+    assert kept < (beside[2] - beside[0]) * 2**30
+    least = [float(time) for time in re.findall(r"least time +│ ([\d.]+) ms", out)]
+    rows = re.findall(rf"│ (?:computed whole|512 tokens once) +│ {GIB} +│ ([\d.]+) ms", out)
+    (peak, seconds), (shared_peak, shared_seconds) = (map(float, row) for row in rows)
+    assert (peak, shared_peak) == (whole, max(read, after, back))
+    assert seconds == pytest.approx(8 * least[0], rel=0.01)
+    assert shared_seconds == pytest.approx(least[1] + 8 * least[2] + least[3], rel=0.01)
+
+
 @pytest.mark.slow
 def test_what_does_not_fit_is_explained_and_exits_with_1() -> None:
     status, out, _ = aot("model=qwen3_8b", "topology=v5e:2x2", "step=decode", "rows=16")
@@ -106,6 +140,18 @@ def test_a_mesh_that_does_not_fill_the_slice_or_divide_the_model_is_named() -> N
 def test_qwen3_8b_trains_on_128k_windows_on_64_v5e(step: str) -> None:
     status, out, _ = aot("model=qwen3_8b", "topology=v5e:8x8", "mesh.context=16", f"step={step}")
     assert status == 0
+    assert max(peaks(out)) < 15.75
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("step", ["sft", "rl"])
+def test_qwen3_8b_trains_on_128k_windows_behind_one_prefix_on_64_v5e(step: str) -> None:
+    status, out, _ = aot(
+        "model=qwen3_8b", "topology=v5e:8x8", "mesh.context=16", f"step={step}",
+        "shared_prefix=32768",
+    )  # fmt: skip
+    assert status == 0
+    assert len(peaks(out)) == 5
     assert max(peaks(out)) < 15.75
 
 

@@ -2,11 +2,13 @@
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from klong_jax.core.errors import UserError
 from klong_jax.core.message import Message
 from klong_jax.core.trajectory import Window
-from klong_jax.sft.data import Joined, WindowDataset, windows_of
+from klong_jax.sft.data import Joined, WindowDataset, best_shared, windows_of
 from klong_jax.sft.mixture import Mixture, Source
 from klong_jax.splitting.policy import ContextPolicy
 from klong_jax.text.chat import Chat
@@ -33,6 +35,38 @@ def test_the_batch_at_a_position_is_always_the_same() -> None:
     first = [w.index for (w,) in dataset(10).batch(7, 6, seed=1)]
     assert first == [w.index for (w,) in dataset(10).batch(7, 6, seed=1)]
     assert first != [w.index for (w,) in dataset(10).batch(7, 6, seed=2)]
+
+
+GROUPS = st.lists(st.tuples(st.integers(0, 60), st.integers(1, 5)), max_size=8)
+
+
+def spared(groups: list[tuple[int, int]], lengths: tuple[int, ...]) -> int:
+    """Tokens that are not computed again."""
+    return sum(
+        (windows - 1) * max((n for n in lengths if n <= prefix), default=0)
+        for prefix, windows in groups
+    )
+
+
+@given(GROUPS)
+def test_one_length_is_the_best_and_each_further_one_pays(groups: list[tuple[int, int]]) -> None:
+    most = max((spared(groups, (length,)) for length in range(0, 61, 8)), default=0)
+    alone = best_shared(groups, 8, 64, rows_share=2.0)
+    assert len(alone) == (most > 0)
+    assert spared(groups, alone) == most
+    several = best_shared(groups, 8, 64, rows_share=0.0)
+    assert set(alone) <= set(several) <= set(range(8, 64, 8))
+    assert len(several) <= 3
+    rest = [length for length in several if length not in alone]
+    left = 64 * sum(windows for _, windows in groups) - most
+    assert spared(groups, several) - most >= len(rest) * 0.03 * left * (1 - 0.03)
+
+
+def test_a_length_is_added_where_it_spares_more_than_it_leaves_empty() -> None:
+    groups = [(2048, 8)] * 10 + [(8192, 8)] * 10
+    assert best_shared(groups, 128, 32768, 0.0) == (2048, 8192)
+    assert best_shared(groups, 128, 32768, 0.5) == (8192,)
+    assert best_shared([(2048, 8)] * 20 + [(8192, 2)], 128, 32768, 0.0) == (2048,)
 
 
 def test_a_prefix_that_does_not_fit_names_the_recording() -> None:

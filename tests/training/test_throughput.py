@@ -34,12 +34,12 @@ def test_a_prefix_that_is_computed_once_counts_once() -> None:
     group = tuple(window(index, [0] * 6 + [1] * 3, prefix_len=6) for index in range(4))
     whole = step_flops(MODEL, [group], WHOLE)
     assert whole == 4 * step_flops(MODEL, [group[:1]], WHOLE)
-    once = step_flops(MODEL, [group], Layout(16, 1, shared=6, trained=True))
+    once = step_flops(MODEL, [group], Layout(16, 1, shared=(6,), trained=True))
     spared = step_flops(MODEL, [(window(0, [0] * 6),)], WHOLE)
     assert once == whole - 3 * spared
-    unread = step_flops(MODEL, [group], Layout(16, 1, shared=6, trained=False))
+    unread = step_flops(MODEL, [group], Layout(16, 1, shared=(6,), trained=False))
     assert unread == once - 3 * 2 * 6 * 30 * 16, "nothing predicts an untrained prefix"
-    assert step_flops(MODEL, [group], Layout(16, 1, shared=7)) == whole, "it is too short"
+    assert step_flops(MODEL, [group], Layout(16, 1, shared=(7,))) == whole, "it is too short"
 
 
 def test_what_a_window_repeats_is_no_progress() -> None:

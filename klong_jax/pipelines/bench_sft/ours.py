@@ -10,6 +10,7 @@ from jax.errors import JaxRuntimeError
 
 from klong_jax.core.trajectory import Window
 from klong_jax.models.decoder import build
+from klong_jax.parallel.aot import exhausted
 from klong_jax.pipelines.bench_sft.job import Job, Outcome, Work, answer
 from klong_jax.sft.loss import sft_loss
 from klong_jax.training.accumulate import Trainer, init_state
@@ -25,7 +26,7 @@ def contend(job: Job) -> Outcome:
     trainer = Trainer(objective, optimizer)
     state: Any = init_state(params, optimizer)
     del params
-    shared = job.work.prefix if job.way["shared"] else 0
+    shared = (job.work.prefix,) if job.way["shared"] else ()
     layout = Layout(job.work.prefix + job.work.window, 1, shared, trained=False)
 
     def step(group: Group, state: Any) -> tuple[Any, float]:
@@ -43,7 +44,7 @@ def contend(job: Job) -> Outcome:
             state, loss = step(group, state)
             times.append(time.perf_counter() - started)
     except JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        if not exhausted(error):
             raise
         return Outcome(None)
     stats = jax.devices()[0].memory_stats() or {}

@@ -15,6 +15,7 @@ from flax import nnx
 from jax.errors import JaxRuntimeError
 
 from klong_jax.models.config import DecoderConfig, DTypes
+from klong_jax.parallel.aot import exhausted
 from klong_jax.pipelines.bench_sft.job import Job, Outcome, answer
 
 
@@ -49,7 +50,7 @@ def contend(job: Job) -> Outcome:
             loss = step(rows)
             times.append(time.perf_counter() - started)
     except JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        if not exhausted(error):
             raise
         return Outcome(None)
     stats = jax.devices()[0].memory_stats() or {}

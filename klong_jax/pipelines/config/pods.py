@@ -138,6 +138,11 @@ class AotConfig(Section):
     """Tokens of the pinned prefix."""
     window: int = Field(gt=0)
     """Tokens after it."""
+    shared_prefix: int = Field(ge=0)
+    """Tokens of the prefix that a training step computes once for all windows of a trajectory; 0
+    computes windows whole."""
+    together: int = Field(gt=0)
+    """How many windows of a trajectory that is."""
     rows: int = Field(ge=0)
     """Windows of a micro-batch or sequences that are served; 0 is one for each place of data, fsdp
     and expert."""
@@ -155,3 +160,16 @@ class AotConfig(Section):
     """smallest looks for the smallest slice of the topology's generation that fits."""
     buffers: bool
     """List the largest buffers even if everything fits."""
+
+    @model_validator(mode="after")
+    def _shares(self) -> Self:
+        if self.shared_prefix > self.prefix:
+            raise UserError(
+                f"shared_prefix={self.shared_prefix}: must be at most prefix={self.prefix}."
+            )
+        if self.shared_prefix and self.step not in ("sft", "rl"):
+            raise UserError(
+                f"shared_prefix={self.shared_prefix}: is of training; set step=sft or rl, or leave "
+                "it out."
+            )
+        return self

@@ -223,14 +223,15 @@ class SftSection(Section):
     """Most windows of one trajectory that make a group; 1 shuffles windows one by one."""
     shared_prefix: int | Literal["auto"] = Field(union_mode="left_to_right")
     """Tokens at the front of a group's windows that are computed once for all of them, where the
-    pinned prefix is as long; auto spares the most computation, 0 computes every window whole. The
-    gradient is the same."""
+    pinned prefix is as long; auto spares the most computation, with up to three lengths, 0 computes
+    every window whole. The gradient is the same."""
     micro_batch: int = Field(gt=0)
     """Windows, or groups that share a prefix, a gradient call; rounded up to what the mesh's data,
     fsdp and expert share evenly."""
-    remat: Remat
+    remat: Remat | Literal["auto"]
     """What a layer keeps for its backward pass: none recomputes nothing, full everything but the
-    layer's input; attention keeps what attention gave, dots the results of matrix products."""
+    layer's input; attention keeps what attention gave, dots the results of matrix products. auto
+    takes what recomputes least and fits into the devices' memory."""
     router_bias_rate: float = Field(ge=0)
     """What a step moves the routers' biases by to even out the load of experts; 0 leaves them."""
     save_every: int = Field(gt=0)
@@ -313,9 +314,10 @@ class RlSection(Section):
     micro_batch: int = Field(gt=0)
     """Windows, or rollouts that share a prefix, a gradient call; rounded up to what the mesh's
     data, fsdp and expert share evenly."""
-    remat: Remat
+    remat: Remat | Literal["auto"]
     """What a layer keeps for its backward pass: none recomputes nothing, full everything but the
-    layer's input; attention keeps what attention gave, dots the results of matrix products."""
+    layer's input; attention keeps what attention gave, dots the results of matrix products. auto
+    takes what recomputes least and fits into the devices' memory."""
     router_bias_rate: float = Field(ge=0)
     """What a step moves the routers' biases by to even out the load of experts; 0 leaves them."""
     clip: float = Field(gt=0)
