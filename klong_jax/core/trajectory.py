@@ -134,6 +134,8 @@ class Window:
         trained_mask: True where the token was sampled and is trained in this window.
         behaviour_logprobs: float32, zero where not sampled.
         policy_version: int32, the version that sampled the token, -1 where not sampled.
+        end: Where it ends in the trajectory's stream. What is trained lies there in one piece, so
+            that the place i of a trained token is the stream's `end - len(tokens) + i`.
     """
 
     index: int
@@ -142,6 +144,7 @@ class Window:
     trained_mask: np.ndarray
     behaviour_logprobs: np.ndarray
     policy_version: np.ndarray
+    end: int
 
     def __post_init__(self) -> None:
         lengths = {
@@ -277,4 +280,5 @@ def cut_window(
         trained_mask=sampled[view] & (view >= span.fresh_from),
         behaviour_logprobs=logprobs[view],
         policy_version=versions[view],
+        end=span.end,
     )

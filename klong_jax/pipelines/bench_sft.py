@@ -136,4 +136,5 @@ class _Bench:
         for index in range(shape.windows):
             own = rng.integers(0, self._vocab, shape.window, np.int32)
             tokens = np.concatenate([prefix, own])
-            yield Window(index, shape.prefix, tokens, trained, unused, unused.astype(np.int32))
+            versions, end = unused.astype(np.int32), len(tokens) + index * shape.window
+            yield Window(index, shape.prefix, tokens, trained, unused, versions, end)

@@ -44,6 +44,7 @@ def cut_stored(trajectory: StoredTrajectory, index: int, span: WindowSpan) -> Wi
         trained_mask=spoken & (position >= span.fresh_from),
         behaviour_logprobs=np.zeros(len(position), np.float32),
         policy_version=np.where(spoken, 0, -1).astype(np.int32),
+        end=span.end,
     )
 
 

@@ -125,4 +125,4 @@ def test_fields_of_unequal_length_are_refused() -> None:
         Turn((), (1, 2), (0.0,))
     arrays: list[Any] = [np.zeros(2), np.zeros(2, bool), np.zeros(3), np.zeros(2)]
     with pytest.raises(ValueError, match=r"window 4 has token fields of lengths \[2, 3\]"):
-        Window(4, 0, *arrays)
+        Window(4, 0, *arrays, end=2)

@@ -113,6 +113,13 @@ def test_a_mixture_is_trained_and_the_best_by_held_out_loss_kept(tmp_path: Path)
     made = rows(tmp_path / "runs")
     assert [row["windows"] for row in made] == [4] * 6
     assert len(list((tmp_path / "runs" / "corpora").iterdir())) == 2
+    # What is held out is shorter than a window, and every token of it stands somewhere.
+    counts = {sum(n for name, n in row.items() if "heldout_tokens_from" in name) for row in made}
+    assert len(counts) == 1 and counts.pop() > 8
+    last = {name: loss for name, loss in made[-1].items() if "heldout_loss_from" in name}
+    report = json.loads((tmp_path / "runs" / "run" / "report.json").read_text())
+    assert [loss for _, loss, _ in report["loss_by_position"]] == list(last.values())
+    assert "Loss along trajectories" in (tmp_path / "runs" / "run" / "report.html").read_text()
     best = sorted(made, key=lambda row: row["heldout_loss"])[:2]
     kept = (tmp_path / "runs" / "run" / "sft" / "checkpoints").iterdir()
     assert {int(path.name) for path in kept if path.name.isdecimal()} == {
