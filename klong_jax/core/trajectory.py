@@ -82,9 +82,9 @@ class Turn:
 class WindowSpan:
     """Where a window lies in its trajectory's stream.
 
-    The window's tokens are `stream[:prefix_len] + stream[keep_from:end]` without the stretches that
-    are left out; output tokens from `fresh_from` on are trained here, earlier ones are context that
-    another window trains.
+    The window's tokens are `stream[:prefix_len] + stream[keep_from:end]` with a marker in the place
+    of each stretch that is left out; output tokens from `fresh_from` on are trained here, earlier
+    ones are context that another window trains.
 
     Attributes:
         prefix_len: Pinned tokens at the front of the stream.
@@ -92,6 +92,7 @@ class WindowSpan:
         fresh_from: Where what is trained here begins.
         end: Where the window ends.
         left_out: (begin, end) of stretches of the history that are not shown, ascending.
+        marker: Tokens that stand for each of them.
     """
 
     prefix_len: int
@@ -99,6 +100,7 @@ class WindowSpan:
     fresh_from: int
     end: int
     left_out: tuple[tuple[int, int], ...] = ()
+    marker: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         edges = (self.keep_from, *chain(*self.left_out), self.end)
@@ -112,15 +114,31 @@ class WindowSpan:
     @property
     def length(self) -> int:
         """Tokens in the window."""
-        hidden = sum(end - begin for begin, end in self.left_out)
+        hidden = sum(end - begin - len(self.marker) for begin, end in self.left_out)
         return self.prefix_len + self.end - self.keep_from - hidden
 
     def positions(self) -> np.ndarray:
-        """The stream positions of its tokens, int64."""
-        edges = (0, self.prefix_len, self.keep_from, *chain(*self.left_out), self.end)
-        return np.concatenate(
-            [np.arange(a, b) for a, b in zip(edges[::2], edges[1::2], strict=True)]
-        )
+        """The stream positions of its tokens, int64; -1 where a marker stands."""
+        marker = np.full(len(self.marker), -1)
+        pieces = [np.arange(self.prefix_len)]
+        begin = self.keep_from
+        for end, following in self.left_out:
+            pieces += [np.arange(begin, end), marker]
+            begin = following
+        return np.concatenate([*pieces, np.arange(begin, self.end)])
+
+    def take(self, stream: np.ndarray, marked: Any) -> np.ndarray:
+        """What a stream holds at its positions, and for each token of a marker what is given.
+
+        Args:
+            stream: One value a position.
+            marked: One value, or one for each token of the marker.
+        """
+        view = self.positions()
+        taken = np.array(stream[view])
+        markers = taken[view < 0].reshape(len(self.left_out), len(self.marker))
+        taken[view < 0] = np.broadcast_to(marked, markers.shape).reshape(-1)
+        return taken
 
 
 @dataclass(frozen=True, eq=False)
@@ -231,7 +249,7 @@ class Trajectory:
 
 def _span_from_json(value: dict[str, Any]) -> WindowSpan:
     left_out = tuple((begin, end) for begin, end in value.get("left_out", ()))
-    return WindowSpan(**{**value, "left_out": left_out})
+    return WindowSpan(**{**value, "left_out": left_out, "marker": tuple(value.get("marker", ()))})
 
 
 def token_stream(
@@ -272,13 +290,12 @@ def cut_window(
     versions: np.ndarray,
 ) -> Window:
     """Materialises one window of a stream."""
-    view = span.positions()
     return Window(
         index=index,
         prefix_len=span.prefix_len,
-        tokens=tokens[view],
-        trained_mask=sampled[view] & (view >= span.fresh_from),
-        behaviour_logprobs=logprobs[view],
-        policy_version=versions[view],
+        tokens=span.take(tokens, span.marker),
+        trained_mask=span.take(sampled, False) & (span.positions() >= span.fresh_from),
+        behaviour_logprobs=span.take(logprobs, 0.0),
+        policy_version=span.take(versions, -1),
         end=span.end,
     )

@@ -1,6 +1,7 @@
 """From recorded messages to the windows that they are trained in."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from klong_jax.core.errors import UserError
 from klong_jax.core.message import Message
@@ -11,10 +12,7 @@ from klong_jax.splitting.recorded import (
     SplitRecording,
     split_recorded,
 )
-from klong_jax.text.dialect import Dialect
-
-CUT_MARK = "\n[... cut to fit the context ...]\n"
-"""Stands where the middle of an environment text was left out."""
+from klong_jax.text.dialect import Dialect, cut_marker
 
 
 def split_messages(
@@ -42,5 +40,5 @@ def split_messages(
         turns, prefix_len = chat.turns(messages, pinned_messages)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
-    marker = chat.tokenizer.encode(CUT_MARK, specials=False)
-    return split_recorded(turns, prefix_len, policy, options, marker, where)
+    policy = replace(policy, marker=cut_marker(chat))
+    return split_recorded(turns, prefix_len, policy, options, where)

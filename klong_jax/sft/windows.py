@@ -40,7 +40,7 @@ def cut_stored(trajectory: StoredTrajectory, index: int, span: WindowSpan) -> Wi
     return Window(
         index=index,
         prefix_len=span.prefix_len,
-        tokens=trajectory.tokens[position],
+        tokens=span.take(trajectory.tokens, span.marker),
         trained_mask=spoken & (position >= span.fresh_from),
         behaviour_logprobs=np.zeros(len(position), np.float32),
         policy_version=np.where(spoken, 0, -1).astype(np.int32),

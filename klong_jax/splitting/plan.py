@@ -20,7 +20,8 @@ class WindowPlan:
         prefix_tokens: Pinned tokens at its front.
         start: Stream position where its history begins.
         end: Stream position where it ends.
-        overlap_tokens: Tokens of history it shares with the window before.
+        overlap_tokens: Tokens of history it shares with the window before, those that say that
+            text faded included.
         faded_tokens: Tokens that it leaves out of that history's environment texts.
         context_turns: Turns shown but trained elsewhere.
         first_trained_turn: First turn trained here.
@@ -107,7 +108,8 @@ def plan_windows(turns: Sequence[Turn], spans: Sequence[WindowSpan]) -> tuple[Wi
         last = bisect_left(ends, span.end)
         shown = bisect_left(ends, span.keep_from + 1)
         faded = sum(end - begin for begin, end in span.left_out)
-        shared = max(0, spans[index - 1].end - span.keep_from) - faded if index else 0
+        marks = len(span.left_out) * len(span.marker)
+        shared = max(0, spans[index - 1].end - span.keep_from) - faded + marks if index else 0
         plans.append(
             WindowPlan(
                 index=index,

@@ -72,7 +72,6 @@ def split_recorded(
     prefix_len: int,
     policy: ContextPolicy,
     options: SplitOptions,
-    marker: Sequence[int],
     where: str,
 ) -> SplitRecording:
     """Splits recorded turns into windows.
@@ -82,7 +81,6 @@ def split_recorded(
         prefix_len: Pinned tokens at the front of the stream.
         policy: The numbers.
         options: What the policy leaves open.
-        marker: Tokens that stand where text was cut.
         where: Names the recording in errors.
 
     Raises:
@@ -98,7 +96,7 @@ def split_recorded(
     def fitted(part: Sequence[Turn]) -> Fitted:
         if options.oversize == "refuse":
             return Fitted(tuple(part), (), 0)
-        return fit_turns(part, prefix_len, policy, marker)
+        return fit_turns(part, prefix_len, policy)
 
     fit = fitted(turns)
     if options.mode == "truncate_tail":

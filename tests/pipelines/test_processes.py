@@ -104,7 +104,8 @@ def test_sft_is_the_same_on_every_mesh_and_resumes_a_killed_run_on_any(
     tmp_path: Path, data: Path
 ) -> None:
     roots = {name: tmp_path / name for name in ("alone", "killed", "moved")}
-    given = {name: (f"data.path={data}", f"run.root={root}") for name, root in roots.items()}
+    files = (f"data.path={data}", f"data.heldout={data}")
+    given = {name: (*files, f"run.root={root}") for name, root in roots.items()}
     ((code, _, err),) = finish(klong_sft(*given["alone"], devices=1))
     assert code == 0, err
 

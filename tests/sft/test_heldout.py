@@ -21,8 +21,8 @@ def recording(turns: int, seed: int, fade: tuple[int, ...] = ()) -> SplitRecordi
     rng = np.random.default_rng(seed)
     ids = rng.integers(0, 30, (turns, 2, 3)).tolist()
     said = tuple(Turn(tuple(suffix), tuple(output)) for suffix, output in ids)
-    policy = ContextPolicy(LENGTH, 7, 3, fade=fade)
-    return split_recorded(said, 2, policy, SplitOptions(), (), "test")
+    policy = ContextPolicy(LENGTH, 7, 3, fade=fade, marker=(29,))
+    return split_recorded(said, 2, policy, SplitOptions(), "test")
 
 
 def by_hand(made: SplitRecording) -> dict[int, tuple[float, int]]:

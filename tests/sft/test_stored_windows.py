@@ -92,7 +92,7 @@ def tokenised(draw: st.DrawFn) -> tuple[tuple[Turn, ...], int]:
 def test_drawn_recordings_give_the_windows_of_the_path_in_memory(
     drawn: list[tuple[tuple[Turn, ...], int]], overlap: int, most: int, fade: tuple[int, ...]
 ) -> None:
-    policy = ContextPolicy(32 + overlap, overlap, 6, fade=fade)
+    policy = ContextPolicy(32 + overlap, overlap, 6, fade=fade, marker=(7,))
     recordings = [
         Recording(f"file:{number}", str(number), (Message("user", "x"),))
         for number in range(len(drawn))

@@ -60,7 +60,8 @@ class SplittingSection(Section):
     """Most turns carried over instead, as far as they fit; null bounds the tokens."""
     fade: tuple[Annotated[int, Field(ge=32)], ...]
     """Most environment tokens that a turn carried over still shows, by age: newest first, the last
-    number for all older ones, as in [1024,256,64]; [] shows turns whole."""
+    number for all older ones, as in [1024,256,64], a mark in the middle included; [] shows turns
+    whole."""
     reserve: int
     """Room kept for the next output: what the agent may generate in one turn."""
 
