@@ -42,6 +42,7 @@ class Turn:
         wait_s: Seconds waited in queues, not active.
         restart: Why the context does not extend the one before; empty where it does. Such a turn
             begins a new window, and what is shown of earlier turns is part of its suffix.
+        trained: Whether the output is trained; if not, it is context like the suffix.
     """
 
     suffix_ids: tuple[int, ...]
@@ -54,6 +55,7 @@ class Turn:
     tool_s: float = 0.0
     wait_s: float = 0.0
     restart: str = ""
+    trained: bool = True
 
     def __post_init__(self) -> None:
         if self.logprobs and len(self.logprobs) != len(self.output_ids):
@@ -75,6 +77,7 @@ class Turn:
             tool_s=value["tool_s"],
             wait_s=value["wait_s"],
             restart=value.get("restart", ""),
+            trained=value.get("trained", True),
         )
 
 
@@ -267,6 +270,11 @@ def token_stream(
     for turn in turns:
         quiet, spoken = len(turn.suffix_ids), len(turn.output_ids)
         tokens += turn.suffix_ids + turn.output_ids
+        if not turn.trained:
+            sampled += [False] * (quiet + spoken)
+            logprobs += [0.0] * (quiet + spoken)
+            versions += [-1] * (quiet + spoken)
+            continue
         sampled += [False] * quiet + [True] * spoken
         logprobs += [0.0] * quiet + list(turn.logprobs or [0.0] * spoken)
         versions += [-1] * quiet

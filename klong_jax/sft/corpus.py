@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from klong_jax.sft.sealed import read_sealed, spoilt, write_sealed
-from klong_jax.sft.shards import TOKENS, TURNS, Shard, open_shard
+from klong_jax.sft.shards import CONTEXT, RESTART, TOKENS, TURNS, Shard, open_shard
 
-VERSION = 1
+VERSION = 2
 """Of the layout on disk; another one is another entry of the cache."""
 
 INDEX = "index.json"
@@ -29,6 +29,7 @@ class StoredTrajectory:
         prefix_len: Tokens of the pinned prefix.
         turn_lengths: int64[turns, 2], each turn's environment and output tokens.
         restarts: bool[turns], whether a window begins with the turn whatever fits.
+        trained: bool[turns], whether the turn's output is trained.
         tokens: int32[sum of turn_lengths], the turns end to end; read when it is touched.
     """
 
@@ -37,6 +38,7 @@ class StoredTrajectory:
     prefix_len: int
     turn_lengths: np.ndarray
     restarts: np.ndarray
+    trained: np.ndarray
     tokens: np.ndarray
 
 
@@ -102,7 +104,8 @@ class TokenCorpus:
             source=source,
             prefix_len=prefix_len,
             turn_lengths=turns[:, :2],
-            restarts=turns[:, 2] > 0,
+            restarts=turns[:, 2] & RESTART > 0,
+            trained=turns[:, 2] & CONTEXT == 0,
             tokens=tokens[token_end - token_count : token_end],
         )
 

@@ -9,6 +9,7 @@ section 3; the overlap and the truncation of history are the paper's).
 Positions are indices into the trajectory's token stream (see `klong_jax.core.trajectory`).
 """
 
+from bisect import bisect_right
 from collections.abc import Container, Iterable, Sequence
 from copy import copy
 from dataclasses import dataclass, field
@@ -261,14 +262,16 @@ def split(turns: Sequence[Turn], prefix_len: int, policy: ContextPolicy) -> tupl
         policy: The numbers.
 
     Returns:
-        The windows in order: every output token is trained in exactly one of them.
+        The windows in order: every output token is trained in exactly one of them, but for those of
+        turns that are not trained. Windows that would train nothing are left out.
 
     Raises:
         UserError: The prefix or a turn does not fit; the message names the turn.
     """
     lengths = ((len(turn.suffix_ids), len(turn.output_ids)) for turn in turns)
     restarts = {number for number, turn in enumerate(turns) if turn.restart}
-    return split_lengths(lengths, prefix_len, policy, restarts)
+    untrained = {number for number, turn in enumerate(turns) if not turn.trained}
+    return split_lengths(lengths, prefix_len, policy, restarts, untrained)
 
 
 def split_lengths(
@@ -276,10 +279,20 @@ def split_lengths(
     prefix_len: int,
     policy: ContextPolicy,
     restarts: Container[int] = (),
+    untrained: Container[int] = (),
 ) -> tuple[WindowSpan, ...]:
-    """`split` of turns of which only restarts and the lengths of suffix and output are known."""
+    """`split` of turns of which only the lengths of suffix and output are known, and which restart.
+
+    Args:
+        lengths: Of each turn's suffix and output.
+        prefix_len: Pinned tokens at the front of the stream.
+        policy: The numbers.
+        restarts: Turns that a window begins with whatever fits.
+        untrained: Turns that are not trained.
+    """
     tracker = WindowTracker(policy, prefix_len)
     position = 0
+    trained: list[int] = []
     for number, (suffix_len, output_len) in enumerate(lengths):
         suffix_end = position + suffix_len
         end = suffix_end + output_len
@@ -291,4 +304,10 @@ def split_lengths(
                 raise UserError(f"turn {number}: {overflow}") from None
         tracker.close_turn(end)
         position = end
-    return tracker.spans()
+        if number not in untrained:
+            trained.append(end)
+    return tuple(
+        span
+        for span in tracker.spans()
+        if bisect_right(trained, span.fresh_from) < bisect_right(trained, span.end)
+    )

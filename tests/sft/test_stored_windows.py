@@ -76,8 +76,9 @@ def tokenised(draw: st.DrawFn) -> tuple[tuple[Turn, ...], int]:
     """Turns of a few tokens, the first answer not silent, and a prefix that ends anywhere."""
     ids = st.lists(st.integers(0, 2**31 - 1), max_size=6).map(tuple)
     restart = st.sampled_from(["", "", "the template left something out"])
-    turns = draw(st.lists(st.builds(Turn, ids, ids, restart=restart), min_size=1, max_size=12))
-    assume(any(turn.output_ids for turn in turns))
+    said = st.builds(Turn, ids, ids, restart=restart, trained=st.booleans())
+    turns = draw(st.lists(said, min_size=1, max_size=12))
+    assume(any(turn.output_ids and turn.trained for turn in turns))
     total = sum(len(turn.suffix_ids) + len(turn.output_ids) for turn in turns)
     return tuple(turns), draw(st.integers(0, min(20, total)))
 

@@ -137,7 +137,8 @@ def test_atif_says_which_messages_are_copied_context(tmp_path: Path) -> None:
     recording = one(path)
     assert recording.messages[1] == Message("assistant", "ok", "why not", (ToolCall("f", {}, "c"),))
     assert recording.messages[2] == Message("tool", "", tool_call_id="c")
-    assert recording.meta["copied_context"] == [1, 2]
+    assert recording.untrained == (1, 2)
+    assert "copied_context" not in recording.meta
 
 
 def test_two_openhands_actions_of_one_response_are_one_message(tmp_path: Path) -> None:
@@ -306,7 +307,7 @@ def test_atif_steps_hold_the_answers_to_their_calls(tmp_path: Path) -> None:
         Message("tool", "late", tool_call_id="a"),
     )
     path = tmp_path / "t.json"
-    write_atif(path, Recording("", "r", talk, 2), copied={0, 2}, continued_in="next.json")
+    write_atif(path, Recording("", "r", talk, 2, untrained=(0, 2)), continued_in="next.json")
     document = json.loads(path.read_text())
     assert document["schema_version"] == "ATIF-v1.6"
     assert document["agent"].keys() == {"name", "version"}
@@ -322,7 +323,19 @@ def test_atif_steps_hold_the_answers_to_their_calls(tmp_path: Path) -> None:
     recording = one(path)
     assert recording.messages == talk
     assert recording.pinned_messages == 2
-    assert recording.meta == {"copied_context": [0, 2, 3, 4]}
+    assert recording.untrained == (0, 2, 3, 4)
+    assert recording.meta == {}
+    write_openai_jsonl(path, [recording])
+    assert one(path).untrained == (0, 2, 3, 4)
+
+
+@pytest.mark.parametrize("weight", [2, "0", None, -1])
+def test_a_weight_of_openai_is_0_or_1(tmp_path: Path, weight: object) -> None:
+    said = [{"role": "assistant", "content": "a", "weight": w} for w in (0, 1, 0.0)]
+    assert one(save(tmp_path / "a", {"messages": said})).untrained == (0, 2)
+    said[1]["weight"] = weight
+    with pytest.raises(UserError, match=r"messages\[1\]: field 'weight' must be 0 or 1"):
+        one(save(tmp_path / "b", {"messages": said}))
 
 
 @pytest.mark.parametrize("own", [3, {"meta": 3}, {"pinned_messages": "two"}])

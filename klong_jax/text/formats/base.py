@@ -34,6 +34,8 @@ class Recording:
         messages: The conversation.
         pinned_messages: Messages at the front that every window keeps; None where the data does
             not say.
+        untrained: Places of messages that are shown but not trained, ascending, such as those that
+            repeat an earlier recording.
         meta: What else the source says: score, task_id, exit status and the like.
     """
 
@@ -41,11 +43,14 @@ class Recording:
     recording_id: str
     messages: tuple[Message, ...]
     pinned_messages: int | None = None
+    untrained: tuple[int, ...] = ()
     meta: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.messages:
             raise UserError(f"{self.source}: holds no messages; remove the record.")
+        if not all(0 <= place < len(self.messages) for place in self.untrained):
+            raise ValueError(f"{self.source}: marks messages {self.untrained} that are not there")
         pinned = self.pinned_messages
         if pinned is not None and not 0 <= pinned <= len(self.messages):
             raise UserError(
