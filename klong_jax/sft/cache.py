@@ -2,7 +2,8 @@
 
 A corpus is made shard by shard. A shard that is there is complete and is never made again, so a
 build that was killed goes on where it was; a corpus counts when its index is there, which is
-written last. Of two processes that want the same corpus, one makes it and the other waits.
+written last. Of two processes that want the same corpus, one makes it and the other waits. Nobody
+removes one that is made or read.
 """
 
 import fcntl
@@ -23,6 +24,7 @@ from threading import Thread
 from klong_jax.core.errors import UserError
 from klong_jax.core.jsonio import Json, content_hash
 from klong_jax.sft.corpus import INDEX, VERSION, TokenCorpus, write_index
+from klong_jax.sft.hold import hold
 from klong_jax.sft.sealed import spoilt
 from klong_jax.sft.shards import Shard, Tokenise, hash_records, open_shard, sweep, write_shard
 from klong_jax.text.formats import Recording, read_recordings
@@ -33,7 +35,7 @@ TokeniseFactory = Callable[[], Tokenise]
 SHARD_CHARACTERS = 8_000_000
 """Text of a shard, a trajectory more or less: some two million tokens, a second or two of work."""
 
-_LOCK = ".lock"
+_LOCK = ".lock"  # of the one that makes it
 
 # In a process of the pool: makes its tokenise function, once.
 _own_tokenise: TokeniseFactory
@@ -98,6 +100,7 @@ def build(
     """
     state = _state(source)
     folder = root / corpus_key(source, recipe)
+    held = hold(folder)
     if not (folder / INDEX).exists():
         with _alone(folder):
             if not (folder / INDEX).exists():
@@ -107,8 +110,8 @@ def build(
                 with _submitter(workers, tokenise_factory, source) as submit:
                     shards = _shards(jobs, submit, workers + 1, skip_bad, on_progress)
                 _check_unchanged(source, state, shards)
-                write_index(folder, shards)
-    corpus = TokenCorpus(folder)
+                write_index(folder, shards, source)
+    corpus = TokenCorpus(folder, held)
     for sentence in corpus.skipped:
         if not skip_bad:
             raise UserError(sentence)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from klong_jax.sft.hold import Hold
 from klong_jax.sft.sealed import read_sealed, spoilt, write_sealed
 from klong_jax.sft.shards import CONTEXT, RESTART, TOKENS, TURNS, Shard, open_shard
 
@@ -51,8 +52,12 @@ class TokenCorpus:
         remarks: What is to be told of the others, a sentence each.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, held: Hold | None = None) -> None:
         """Opens a complete corpus.
+
+        Args:
+            folder: Where it lies.
+            held: Keeps it from being removed for as long as this object lives.
 
         Raises:
             UserError: It is not complete, of another version, or a file was altered; names it.
@@ -62,7 +67,7 @@ class TokenCorpus:
             raise spoilt(
                 folder / INDEX, f"has version {index['version']} instead of {VERSION}", folder
             )
-        self.folder = folder
+        self.folder, self._held = folder, held
         self._shards = [_open(folder / name, digest) for name, digest in index["shards"]]
         self.skipped = tuple(chain.from_iterable(shard.skipped for shard in self._shards))
         self.remarks = tuple(chain.from_iterable(shard.remarks for shard in self._shards))
@@ -126,10 +131,16 @@ class TokenCorpus:
         return shard.array(TOKENS), shard.array(TURNS), ends, shard.names()
 
 
-def write_index(folder: Path, shards: list[Shard]) -> None:
-    """Completes a corpus: from now on it counts."""
-    entries = [(shard.folder.name, shard.digest) for shard in shards]
-    write_sealed(folder / INDEX, {"version": VERSION, "shards": entries})
+def write_index(folder: Path, shards: list[Shard], source: Path) -> None:
+    """Completes a corpus, made of a source: from now on it counts."""
+    body = {
+        "version": VERSION,
+        "shards": [(shard.folder.name, shard.digest) for shard in shards],
+        "source": str(source),
+        "trajectories": sum(len(shard.lengths) for shard in shards),
+        "tokens": sum(int(shard.lengths[:, 1].sum()) for shard in shards),
+    }
+    write_sealed(folder / INDEX, body)
 
 
 def _open(folder: Path, digest: str) -> Shard:

@@ -54,7 +54,7 @@ def test_real_recordings_give_the_windows_of_the_path_in_memory(tmp_path: Path) 
         recordings,
         lambda recording: Tokenised(*chat.turns(recording.messages, pinned(recording))),
     )
-    write_index(tmp_path, [open_shard(tmp_path / "00000")])
+    write_index(tmp_path, [open_shard(tmp_path / "00000")], Path("x"))
     policy = ContextPolicy(12_000, 1_500, 1_000)
     groups = CorpusGroups(TokenCorpus(tmp_path), policy, 3, on_skip=lambda sentence: None)
     expected: list[Window] = []
@@ -103,7 +103,7 @@ def test_drawn_recordings_give_the_windows_of_the_path_in_memory(
         parts = {"0": recordings[:1], "1": recordings[1:]}
         for part, records in parts.items():
             write_shard(folder / part, records, lambda r: Tokenised(*drawn[int(r.recording_id)]))
-        write_index(folder, [open_shard(folder / part) for part in parts])
+        write_index(folder, [open_shard(folder / part) for part in parts], Path("x"))
         stored = CorpusGroups(TokenCorpus(folder), policy, most)
         groups = zip(stored, stored.prefixes(), strict=True)
         for turns, prefix_len in drawn:
@@ -141,7 +141,7 @@ def write_large(folder: Path, trajectories: int, tokens: int, turns: int) -> Non
         "files": files,
     }
     write_sealed(shard / NOTES, notes)
-    write_index(folder, [open_shard(shard)])
+    write_index(folder, [open_shard(shard)], Path("x"))
 
 
 def test_opening_takes_memory_for_trajectories_and_not_for_tokens(tmp_path: Path) -> None:
