@@ -22,7 +22,7 @@ from klong_jax.sft.windows import CorpusGroups
 from klong_jax.splitting.policy import ContextPolicy
 from klong_jax.splitting.recorded import SplitOptions, SplitRecording
 from klong_jax.text.dialect import Dialect, cut_marker
-from klong_jax.text.formats import Recording
+from klong_jax.text.formats import Recording, recording_files
 
 SHARED_MULTIPLE = 128
 """Of tokens of a shared prefix: what kernels of all platforms and common meshes divide."""
@@ -176,7 +176,8 @@ def _corpus(
 
 def _workers(source: Path) -> int:
     """No more processes than there will be shards: starting one takes seconds."""
-    shards = source.stat().st_size // SHARD_CHARACTERS if source.exists() else 1
+    size = sum(file.stat().st_size for file in recording_files(source) if file.exists())
+    shards = size // SHARD_CHARACTERS
     return max(1, min(os.cpu_count() or 1, shards))
 
 

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from multiprocessing import get_context, parent_process
@@ -27,7 +27,7 @@ from klong_jax.sft.corpus import INDEX, VERSION, TokenCorpus, write_index
 from klong_jax.sft.hold import hold
 from klong_jax.sft.sealed import spoilt
 from klong_jax.sft.shards import Shard, Tokenise, hash_records, open_shard, sweep, write_shard
-from klong_jax.text.formats import Recording, read_recordings
+from klong_jax.text.formats import Recording, read_recordings, recording_files
 
 TokeniseFactory = Callable[[], Tokenise]
 """Makes the function that tokenises, in each process that does; must be picklable."""
@@ -53,20 +53,25 @@ def corpus_key(source: Path, recipe: dict[str, Json]) -> str:
     """Names the corpus of a source.
 
     Args:
-        source: A file of recordings; its content counts, not its name.
+        source: A file of recordings, or a folder of them; their content counts, not their names.
         recipe: Everything that decides tokens: tokenizer, dialect, pinning and fitting.
 
     Raises:
         UserError: The source cannot be read.
     """
+    digests = [_digest(file) for file in recording_files(source)]
+    of_source: Json = digests if source.is_dir() else digests[0]
+    return content_hash({"version": VERSION, "source": of_source, "recipe": recipe})
+
+
+def _digest(file: Path) -> str:
     try:
-        with source.open("rb") as handle:
-            digest = hashlib.file_digest(handle, "sha256").hexdigest()
+        with file.open("rb") as handle:
+            return hashlib.file_digest(handle, "sha256").hexdigest()
     except OSError as error:
         raise UserError(
-            f"{source}: cannot be read ({error.strerror}); name a file with recordings."
+            f"{file}: cannot be read ({error.strerror}); name a file with recordings."
         ) from None
-    return content_hash({"version": VERSION, "source": digest, "recipe": recipe})
 
 
 def build(
@@ -85,7 +90,7 @@ def build(
 
     Args:
         root: Folder of the cache.
-        source: A file of recordings, read as a stream.
+        source: A file of recordings, read as a stream, or a folder of them.
         recipe: Everything that decides tokens; see `corpus_key`.
         tokenise_factory: Makes what tokenises.
         workers: Processes that tokenise; 1 tokenises in this one.
@@ -209,16 +214,19 @@ def _alone(folder: Path) -> Iterator[None]:
         os.close(lock)
 
 
-def _state(source: Path) -> tuple[int, int] | None:
-    """What changes when a file is written to; None if it is not there."""
-    try:
-        stat = source.stat()
-    except OSError:
-        return None
-    return stat.st_size, stat.st_mtime_ns
+def _state(source: Path) -> list[tuple[str, int, int]]:
+    """What changes when files are written to, added or removed; of none that is not there."""
+    states = []
+    for file in recording_files(source):
+        with suppress(OSError):
+            stat = file.stat()
+            states.append((str(file), stat.st_size, stat.st_mtime_ns))
+    return states
 
 
-def _check_unchanged(source: Path, state: tuple[int, int] | None, shards: Iterable[Shard]) -> None:
+def _check_unchanged(
+    source: Path, state: list[tuple[str, int, int]], shards: Iterable[Shard]
+) -> None:
     if _state(source) == state:
         return
     for shard in shards:

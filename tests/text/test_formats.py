@@ -234,6 +234,21 @@ def test_a_missing_file_a_folder_and_binary_are_refused(tmp_path: Path) -> None:
     for name in ("none", ".", "b"):
         with pytest.raises(UserError):
             detect(tmp_path / name)
+    with pytest.raises(UserError, match=r"holds no file that ends in \.json, \.jsonl, \.traj"):
+        list(read_recordings(tmp_path))
+
+
+def test_a_folder_is_all_of_its_files_by_name(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    for name in ("sub/b.json", "a.jsonl", ".hidden.json", "notes.txt"):
+        (tmp_path / name).write_text(json.dumps({"messages": HELLO, "id": name}))
+    assert [one.recording_id for one in read_recordings(tmp_path)] == ["a.jsonl", "sub/b.json"]
+    (tmp_path / "broken.json").write_text("{\n")
+    skipped: list[str] = []
+    assert len(list(read_recordings(tmp_path, skip_bad=True, on_skip=skipped.append))) == 2
+    assert len(skipped) == 1 and "broken.json:2:1: not valid JSON" in skipped[0]
+    with pytest.raises(UserError, match=r"broken\.json"):
+        list(read_recordings(tmp_path))
 
 
 texts = st.text(max_size=20) | st.sampled_from(["\u2028", "\x85\n", "\ud800", "<|im_end|>"])

@@ -133,7 +133,7 @@ class MixedSection(Section):
     """Recordings that are mixed in."""
 
     path: Path
-    """A file of recordings."""
+    """A file or folder of recordings."""
     weight: float | None = None
     """How often it is drawn, where data.path is drawn once."""
     epochs: float | None = None
@@ -148,8 +148,8 @@ class TokenisedDataSection(DataSection):
     as in [{path:chat.jsonl,weight:0.5},{path:code.jsonl,epochs:2}]."""
 
     heldout: Path | None
-    """A file of recordings that are not trained on: their loss is taken at each checkpoint, and
-    chooses what sft.keep_best keeps."""
+    """A file or folder of recordings that are not trained on: their loss is taken at each
+    checkpoint, in all and by position in the trajectory, and chooses what sft.keep_best keeps."""
     cache: Path | None
     """Folder of tokenised corpora, found again by what they depend on; null is corpora in the
     folder of runs."""
