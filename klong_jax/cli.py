@@ -24,6 +24,7 @@ COMMANDS: dict[str, str] = {
     "aot": "Compiles training and serving for TPUs elsewhere: does it fit, how fast at most?",
     "rubric": "Shows what rubrics ask for, and their scores if they are graded.",
     "report": "Prints the results of a run and writes its report.html again.",
+    "corpora": "Lists the tokenised corpora on disk, and removes what is not used any more.",
     "sandbox": "Serves sandboxes to other processes and hosts.",
     "bench": "Times the kernels on this machine, beside their peers.",
     "doctor": "Says what this machine can do and what it lacks.",

@@ -16,7 +16,7 @@ from klong_jax.core.message import Message
 from klong_jax.core.trajectory import Turn, WindowSpan
 from klong_jax.llm.base import Completion, Prompt
 from klong_jax.splitting.policy import ContextOverflow, ContextPolicy, WindowTracker
-from klong_jax.text.dialect import Dialect
+from klong_jax.text.dialect import Dialect, cut_marker
 
 # Tokens for the environment's words in one turn below which an agent cannot work.
 MIN_ROOM = 48
@@ -70,6 +70,7 @@ class Context:
         Raises:
             UserError: What the task pins leaves no room for work.
         """
+        policy = replace(policy, marker=cut_marker(chat))
         self._chat, self._policy, self._session = chat, policy, session
         self.messages = list(opening)
         self.turns: list[Turn] = []
@@ -211,8 +212,11 @@ class Context:
             recent = opened.suffix[opened.keep_from - start :]
         else:
             edges = (opened.keep_from, *chain(*opened.tracker.left_out), start)
-            shown = (self._stream[a:b] for a, b in zip(edges[::2], edges[1::2], strict=True))
-            recent = (*chain(*shown), *opened.suffix)
+            first, *others = (
+                self._stream[a:b] for a, b in zip(edges[::2], edges[1::2], strict=True)
+            )
+            marked = ((*policy.marker, *shown) for shown in others)
+            recent = (*first, *chain(*marked), *opened.suffix)
         # A model that is told messages gets faded ones whole: it counts in tokens of its own.
         kept = self.messages[self._message_at[opened.keep_from] :]
         return Prompt(

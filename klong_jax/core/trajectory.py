@@ -42,6 +42,7 @@ class Turn:
         wait_s: Seconds waited in queues, not active.
         restart: Why the context does not extend the one before; empty where it does. Such a turn
             begins a new window, and what is shown of earlier turns is part of its suffix.
+        trained: Whether the output is trained; if not, it is context like the suffix.
     """
 
     suffix_ids: tuple[int, ...]
@@ -54,6 +55,7 @@ class Turn:
     tool_s: float = 0.0
     wait_s: float = 0.0
     restart: str = ""
+    trained: bool = True
 
     def __post_init__(self) -> None:
         if self.logprobs and len(self.logprobs) != len(self.output_ids):
@@ -75,6 +77,7 @@ class Turn:
             tool_s=value["tool_s"],
             wait_s=value["wait_s"],
             restart=value.get("restart", ""),
+            trained=value.get("trained", True),
         )
 
 
@@ -82,9 +85,9 @@ class Turn:
 class WindowSpan:
     """Where a window lies in its trajectory's stream.
 
-    The window's tokens are `stream[:prefix_len] + stream[keep_from:end]` without the stretches that
-    are left out; output tokens from `fresh_from` on are trained here, earlier ones are context that
-    another window trains.
+    The window's tokens are `stream[:prefix_len] + stream[keep_from:end]` with a marker in the place
+    of each stretch that is left out; output tokens from `fresh_from` on are trained here, earlier
+    ones are context that another window trains.
 
     Attributes:
         prefix_len: Pinned tokens at the front of the stream.
@@ -92,6 +95,7 @@ class WindowSpan:
         fresh_from: Where what is trained here begins.
         end: Where the window ends.
         left_out: (begin, end) of stretches of the history that are not shown, ascending.
+        marker: Tokens that stand for each of them.
     """
 
     prefix_len: int
@@ -99,6 +103,7 @@ class WindowSpan:
     fresh_from: int
     end: int
     left_out: tuple[tuple[int, int], ...] = ()
+    marker: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         edges = (self.keep_from, *chain(*self.left_out), self.end)
@@ -112,15 +117,31 @@ class WindowSpan:
     @property
     def length(self) -> int:
         """Tokens in the window."""
-        hidden = sum(end - begin for begin, end in self.left_out)
+        hidden = sum(end - begin - len(self.marker) for begin, end in self.left_out)
         return self.prefix_len + self.end - self.keep_from - hidden
 
     def positions(self) -> np.ndarray:
-        """The stream positions of its tokens, int64."""
-        edges = (0, self.prefix_len, self.keep_from, *chain(*self.left_out), self.end)
-        return np.concatenate(
-            [np.arange(a, b) for a, b in zip(edges[::2], edges[1::2], strict=True)]
-        )
+        """The stream positions of its tokens, int64; -1 where a marker stands."""
+        marker = np.full(len(self.marker), -1)
+        pieces = [np.arange(self.prefix_len)]
+        begin = self.keep_from
+        for end, following in self.left_out:
+            pieces += [np.arange(begin, end), marker]
+            begin = following
+        return np.concatenate([*pieces, np.arange(begin, self.end)])
+
+    def take(self, stream: np.ndarray, marked: Any) -> np.ndarray:
+        """What a stream holds at its positions, and for each token of a marker what is given.
+
+        Args:
+            stream: One value a position.
+            marked: One value, or one for each token of the marker.
+        """
+        view = self.positions()
+        taken = np.array(stream[view])
+        markers = taken[view < 0].reshape(len(self.left_out), len(self.marker))
+        taken[view < 0] = np.broadcast_to(marked, markers.shape).reshape(-1)
+        return taken
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,6 +155,8 @@ class Window:
         trained_mask: True where the token was sampled and is trained in this window.
         behaviour_logprobs: float32, zero where not sampled.
         policy_version: int32, the version that sampled the token, -1 where not sampled.
+        end: Where it ends in the trajectory's stream. What is trained lies there in one piece, so
+            that the place i of a trained token is the stream's `end - len(tokens) + i`.
     """
 
     index: int
@@ -142,6 +165,7 @@ class Window:
     trained_mask: np.ndarray
     behaviour_logprobs: np.ndarray
     policy_version: np.ndarray
+    end: int
 
     def __post_init__(self) -> None:
         lengths = {
@@ -228,7 +252,7 @@ class Trajectory:
 
 def _span_from_json(value: dict[str, Any]) -> WindowSpan:
     left_out = tuple((begin, end) for begin, end in value.get("left_out", ()))
-    return WindowSpan(**{**value, "left_out": left_out})
+    return WindowSpan(**{**value, "left_out": left_out, "marker": tuple(value.get("marker", ()))})
 
 
 def token_stream(
@@ -246,6 +270,11 @@ def token_stream(
     for turn in turns:
         quiet, spoken = len(turn.suffix_ids), len(turn.output_ids)
         tokens += turn.suffix_ids + turn.output_ids
+        if not turn.trained:
+            sampled += [False] * (quiet + spoken)
+            logprobs += [0.0] * (quiet + spoken)
+            versions += [-1] * (quiet + spoken)
+            continue
         sampled += [False] * quiet + [True] * spoken
         logprobs += [0.0] * quiet + list(turn.logprobs or [0.0] * spoken)
         versions += [-1] * quiet
@@ -269,12 +298,12 @@ def cut_window(
     versions: np.ndarray,
 ) -> Window:
     """Materialises one window of a stream."""
-    view = span.positions()
     return Window(
         index=index,
         prefix_len=span.prefix_len,
-        tokens=tokens[view],
-        trained_mask=sampled[view] & (view >= span.fresh_from),
-        behaviour_logprobs=logprobs[view],
-        policy_version=versions[view],
+        tokens=span.take(tokens, span.marker),
+        trained_mask=span.take(sampled, False) & (span.positions() >= span.fresh_from),
+        behaviour_logprobs=span.take(logprobs, 0.0),
+        policy_version=span.take(versions, -1),
+        end=span.end,
     )

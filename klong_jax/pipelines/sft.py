@@ -12,7 +12,7 @@ from rich.console import Console
 from klong_jax.core.errors import Preempted
 from klong_jax.core.message import Message
 from klong_jax.models.config import Remat
-from klong_jax.parallel.distributed import start_processes, together
+from klong_jax.parallel.distributed import is_first, start_processes, together
 from klong_jax.parallel.rules import rounded_up
 from klong_jax.pipelines.config.commands import SftConfig
 from klong_jax.pipelines.config.training import DrillSection, SftSection
@@ -31,11 +31,13 @@ from klong_jax.pipelines.process import (
     prepare_process,
 )
 from klong_jax.pipelines.remat import Step, fitting_trainer
-from klong_jax.pipelines.rundir import open_run
+from klong_jax.pipelines.rundir import RunDir, open_run
 from klong_jax.pipelines.stage import stage
 from klong_jax.pipelines.tokenised import Tokeniser, heldout_windows, tokenised_windows
+from klong_jax.report.data import RunReport
+from klong_jax.report.html import write_report
 from klong_jax.sft.data import WindowDataset, windows_of
-from klong_jax.sft.heldout import HeldOut
+from klong_jax.sft.heldout import HeldOut, losses_by_position
 from klong_jax.sft.loss import sft_loss
 from klong_jax.sft.run import Phase, run_sft
 from klong_jax.splitting.policy import ContextPolicy
@@ -44,7 +46,7 @@ from klong_jax.text.tokenizer import bundled_tokenizer, load_tokenizer
 from klong_jax.training.accumulate import Trainer, abstract_state
 from klong_jax.training.average import served_params
 from klong_jax.training.checkpoint import Checkpoints
-from klong_jax.training.metrics import MetricsLog
+from klong_jax.training.metrics import MetricsLog, read_metrics
 from klong_jax.training.optimizer import make_optimizer
 from klong_jax.training.preemption import noticing_preemption
 from klong_jax.training.throughput import Meter
@@ -79,6 +81,8 @@ def run(config: SftConfig) -> None:
         phase = Phase(data, config.sft.steps, config.sft.batch, config.sft.micro_batch)
         train(folder.path / "sft", policy, [phase], config.sft, config.seed, console, judges)
         console.print(f"policy in {folder.path / 'sft'}", markup=False)
+        if is_first():
+            console.print(f"report: {_report(config, folder)}", markup=False)
 
 
 def _start(config: SftConfig, mesh: Mesh) -> Policy:
@@ -88,6 +92,28 @@ def _start(config: SftConfig, mesh: Mesh) -> Policy:
     path = config.tokenizer.path
     tokenizer = load_tokenizer(path) if path else bundled_tokenizer()
     return new_policy(config.model, tokenizer, config.seed, mesh)
+
+
+def _report(config: SftConfig, folder: RunDir) -> Path:
+    """Draws the curve of the loss, and the held-out loss along trajectories."""
+    rows = read_metrics(folder.path / "sft" / "metrics.jsonl")
+    judged = [losses_by_position(row) for row in rows if "heldout_loss" in row]
+    made = RunReport(
+        title=f"Supervised fine-tuning on {config.data.path.name}",
+        run_id=folder.run_id,
+        extreme_s=0.0,
+        config_summary={
+            "data": str(config.data.path),
+            "held out": str(config.data.heldout),
+            "context limit": config.splitting.context_limit,
+            "overlap": config.splitting.overlap,
+            "splitting": config.splitting.mode,
+        },
+        sft_loss=tuple((row["step"], row["loss"]) for row in rows),
+        loss_by_position=judged[-1] if judged else (),
+        timings={"sft": sum(row["seconds"] for row in rows)},
+    )
+    return write_report(folder.path, made)
 
 
 def train(
@@ -126,7 +152,6 @@ def train(
         [phase.data.layout(phase.micro_batch) for phase in phases],
     )
     trains = fitting_trainer(section.remat, fitting, folder, console)
-    judges = sft_loss(policy.graph, remat="none")
     with (
         noticing_preemption() as preemption,
         closing(checkpoints),
@@ -144,7 +169,7 @@ def train(
             save_every=section.save_every,
             on_step=lambda row: advance(1, f"{row['phase']}: loss {row['loss']:.3f}"),
             asked_to_stop=preemption.asked,
-            heldout=HeldOut(heldout, judges, section.micro_batch) if heldout else None,
+            heldout=HeldOut(heldout, policy.graph, section.micro_batch) if heldout else None,
         )
     if preemption.agreed:
         raise Preempted

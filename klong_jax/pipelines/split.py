@@ -102,7 +102,15 @@ def split_recording(
         UserError: The pinned prefix or an assistant turn does not fit; names the recording.
     """
     pinned = _pinned(chat, recording, options)
-    return split_messages(chat, recording.messages, pinned, policy, recording.source, options)
+    return split_messages(
+        chat,
+        recording.messages,
+        pinned,
+        policy,
+        recording.source,
+        options,
+        frozenset(recording.untrained),
+    )
 
 
 def _pinned(chat: Dialect, recording: Recording, options: SplitOptions) -> int:

@@ -3,7 +3,7 @@
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -21,8 +21,8 @@ from klong_jax.sft.shards import Tokenise, Tokenised
 from klong_jax.sft.windows import CorpusGroups
 from klong_jax.splitting.policy import ContextPolicy
 from klong_jax.splitting.recorded import SplitOptions, SplitRecording
-from klong_jax.text.dialect import Dialect
-from klong_jax.text.formats import Recording
+from klong_jax.text.dialect import Dialect, cut_marker
+from klong_jax.text.formats import Recording, recording_files
 
 SHARED_MULTIPLE = 128
 """Of tokens of a shared prefix: what kernels of all platforms and common meshes divide."""
@@ -45,6 +45,11 @@ class Tokeniser:
     dialect: Dialect
     policy: ContextPolicy
     options: SplitOptions
+
+    @property
+    def marked(self) -> ContextPolicy:
+        """The policy, with the dialect's marker."""
+        return replace(self.policy, marker=cut_marker(self.dialect))
 
     @property
     def recipe(self) -> dict[str, Json]:
@@ -97,7 +102,7 @@ def tokenised_windows(
     """
     paths = [data.path, *(source.path for source in data.mix)]
     parts = [
-        CorpusGroups(_corpus(path, data, tokeniser, cache, console), tokeniser.policy, together)
+        CorpusGroups(_corpus(path, data, tokeniser, cache, console), tokeniser.marked, together)
         for path in paths
     ]
     mixture = None
@@ -145,7 +150,7 @@ def heldout_windows(
     if data.heldout is None:
         return None
     corpus = _corpus(data.heldout, data, tokeniser, cache, console)
-    groups = CorpusGroups(corpus, tokeniser.policy, sys.maxsize)
+    groups = CorpusGroups(corpus, tokeniser.marked, sys.maxsize)
     return WindowDataset("held out", groups, tokeniser.policy.limit)
 
 
@@ -178,7 +183,8 @@ def _corpus(
 
 def _workers(source: Path) -> int:
     """No more processes than there will be shards: starting one takes seconds."""
-    shards = source.stat().st_size // SHARD_CHARACTERS if source.exists() else 1
+    size = sum(file.stat().st_size for file in recording_files(source) if file.exists())
+    shards = size // SHARD_CHARACTERS
     return max(1, min(os.cpu_count() or 1, shards))
 
 

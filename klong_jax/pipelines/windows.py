@@ -37,15 +37,15 @@ def write_windows(
     """
     windows = list(_windows(recording, pinned_messages, plan))
     names = [f"{number:05d}-{index:03d}.json" for index in range(len(windows))]
-    for name, following, (window, copied) in zip(names, [*names[1:], ""], windows, strict=True):
-        write_atif(folder / name, window, copied=range(copied), continued_in=following)
+    for name, following, window in zip(names, [*names[1:], ""], windows, strict=True):
+        write_atif(folder / name, window, continued_in=following)
 
 
 def _windows(
     recording: Recording, pinned_messages: int, plan: TrajectoryPlan
-) -> Iterator[tuple[Recording, int]]:
-    """Each window as a recording, and how many of its messages are copied."""
-    messages = recording.messages
+) -> Iterator[Recording]:
+    """Each window as a recording."""
+    messages, untrained = recording.messages, frozenset(recording.untrained)
     answers = [number for number, message in enumerate(messages) if message.role == "assistant"]
     begins = [0, *(answer + 1 for answer in answers)]
     for window in plan.windows:
@@ -60,10 +60,16 @@ def _windows(
             "faded_tokens": window.faded_tokens,
             "cut_turns": [turn for turn in plan.cut_turns if first <= turn <= last],
         }
-        part = replace(
+        places = [*range(pinned), *range(shown, answers[last] + 1)]
+        copied = pinned + fresh - shown
+        yield replace(
             recording,
-            messages=(*messages[:pinned], *messages[shown : answers[last] + 1]),
+            messages=tuple(messages[place] for place in places),
             pinned_messages=min(pinned_messages, answers[last] + 1),
+            untrained=tuple(
+                number
+                for number, place in enumerate(places)
+                if number < copied or place in untrained
+            ),
             meta={**recording.meta, "window": about},
         )
-        yield part, pinned + fresh - shown

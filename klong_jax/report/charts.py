@@ -6,7 +6,16 @@ from html import escape
 
 from klong_jax.report.data import POLICIES, POLICY_NAMES, EvalRow, Policy, RunReport
 from klong_jax.report.regime import Regime
-from klong_jax.report.svg import Band, Panel, Series, histograms, line_chart, marker, scatter
+from klong_jax.report.svg import (
+    Band,
+    Panel,
+    Series,
+    doubling_stairs,
+    histograms,
+    line_chart,
+    marker,
+    scatter,
+)
 
 # Colours that stay apart for colour-blind readers and in grey print; policies differ in shape too.
 POLICY_MARKS: dict[Policy, tuple[str, str]] = {
@@ -41,6 +50,28 @@ def sft_card(report: RunReport) -> str:
         "Supervised fine-tuning",
         "The loss says how surprised the model is by each token the expert chose; it should fall.",
         content + _left_out(len(report.sft_loss) - len(drawn), "a loss that is not finite"),
+    )
+
+
+def position_card(report: RunReport) -> str:
+    """The held-out loss along trajectories."""
+    drawn = [
+        (start, loss, f"tokens {start:,} to {2 * start - 1:,}: {loss:.4g} ({tokens:,} of them)")
+        for start, loss, tokens in report.loss_by_position
+        if math.isfinite(loss)
+    ]
+    content = (
+        doubling_stairs(
+            drawn, "tokens into the trajectory", "loss (nats a token)", POLICY_MARKS["sft"][0]
+        )
+        if drawn
+        else _empty("No recordings were held out (data.heldout).")
+    )
+    return card(
+        "Loss along trajectories",
+        "Of recordings that were not trained on, at the last checkpoint; a loss that grows to the "
+        "right is that of a policy that only learnt how trajectories begin.",
+        content + _left_out(len(report.loss_by_position) - len(drawn), "a loss that is not finite"),
     )
 
 

@@ -85,6 +85,9 @@ class RunReport:
         extreme_s: Active seconds that make an overflowing attempt extremely long-horizon.
         config_summary: The settings worth naming.
         sft_loss: (step, loss) of supervised fine-tuning.
+        loss_by_position: (N, held-out loss, tokens) of what stands N to 2 N - 1 tokens into its
+            trajectory, N a power of two, ascending; of the last checkpoint of supervised
+            fine-tuning.
         rl_steps: The RL steps.
         evals: The evaluation attempts.
         timings: Stage to wall-clock seconds.
@@ -96,6 +99,7 @@ class RunReport:
     extreme_s: float
     config_summary: dict[str, Any] = field(default_factory=dict)
     sft_loss: tuple[tuple[int, float], ...] = ()
+    loss_by_position: tuple[tuple[int, float, int], ...] = ()
     rl_steps: tuple[RlPoint, ...] = ()
     evals: tuple[EvalRow, ...] = ()
     timings: dict[str, float] = field(default_factory=dict)
@@ -116,6 +120,11 @@ class RunReport:
             **{
                 **value,
                 "sft_loss": tuple((step, loss) for step, loss in value["sft_loss"]),
+                # Reports of earlier versions have none.
+                "loss_by_position": tuple(
+                    (start, loss, tokens)
+                    for start, loss, tokens in value.get("loss_by_position", ())
+                ),
                 "rl_steps": tuple(RlPoint(**point) for point in value["rl_steps"]),
                 "evals": tuple(EvalRow(**row) for row in value["evals"]),
                 "notes": tuple(value["notes"]),

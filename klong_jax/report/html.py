@@ -28,20 +28,29 @@ def write_report(folder: Path, report: RunReport) -> Path:
 def render_html(report: RunReport) -> str:
     """The page as text; it loads nothing from anywhere."""
     lines = summarise(report)
-    body = [
+    header = (
         f"<header><h1>{escape(report.title)}</h1>"
-        f'<p class="soft">Run {escape(report.run_id)}</p></header>',
-        _tiles(lines),
-        _notes(report),
-        _summary(report, lines),
-        '<div class="pair">' + charts.sft_card(report) + charts.rl_card(report) + "</div>",
-        _stages(report),
-        '<div class="pair">' + charts.turns_card(report) + charts.runtime_card(report) + "</div>",
-        '<div class="pair">' + charts.scatter_card(report) + _regimes(report, lines) + "</div>",
-        _attempts(report),
-        '<div class="pair">' + _timings(report) + _config(report) + "</div>",
-    ]
+        f'<p class="soft">Run {escape(report.run_id)}</p></header>'
+    )
+    body = [header, _tiles(lines), _notes(report)]
+    if report.sft_loss and not (report.rl_steps or report.evals):
+        # A run of SFT alone says nothing of how the policy acts.
+        body.append(_pair(charts.sft_card(report), charts.position_card(report)))
+    else:
+        body += [
+            _summary(report, lines),
+            _pair(charts.sft_card(report), charts.rl_card(report)),
+            _stages(report),
+            _pair(charts.turns_card(report), charts.runtime_card(report)),
+            _pair(charts.scatter_card(report), _regimes(report, lines)),
+            _attempts(report),
+        ]
+    body.append(_pair(_timings(report), _config(report)))
     return page(report.title, "".join(body))
+
+
+def _pair(left: str, right: str) -> str:
+    return f'<div class="pair">{left}{right}</div>'
 
 
 def page(title: str, body: str) -> str:

@@ -1,7 +1,7 @@
-"""Three charts as plain SVG: a line, a scatter, stacked histograms. They need no script to show."""
+"""Charts as plain SVG: a line, stairs, a scatter, stacked histograms. They need no script."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -112,6 +112,38 @@ def line_chart(
     return _svg(HEIGHT, f"{y_label} by {x_label}", parts)
 
 
+def doubling_stairs(
+    steps: Sequence[tuple[int, float, str]], x_label: str, y_label: str, colour: str
+) -> str:
+    """Stairs over an axis that doubles from tick to tick, one tread from each start to its double.
+
+    Args:
+        steps: At least one (start, y, tooltip), each start a power of two above the last.
+        x_label: Name of the x axis.
+        y_label: Name of the y axis.
+        colour: Of the line.
+    """
+    powers, ys = [start.bit_length() - 1 for start, _, _ in steps], [y for _, y, _ in steps]
+    every = 1 + (powers[-1] - powers[0]) // 8
+    ticks = range(powers[0], powers[-1] + 2, every)
+    x = Axis(powers[0], powers[-1] + 1, _LEFT, WIDTH - _RIGHT, tuple(ticks))
+    y = fit_axis(min([*ys, 0.0]), max(ys), HEIGHT - _BOTTOM, _TOP)
+    path = " ".join(
+        f"{x(power):.1f},{y(height):.1f} {x(power + 1):.1f},{y(height):.1f}"
+        for power, height in zip(powers, ys, strict=True)
+    )
+    dots = tuple(
+        (power + 0.5, height, title)
+        for power, (_, height, title) in zip(powers, steps, strict=True)
+    )
+    parts = [
+        _frame(x, y, x_label, y_label, lambda power: f"{2 ** round(power):,}"),
+        f'<polyline points="{path}" fill="none" stroke="{colour}" class="line"/>',
+        *_markers(Series("", colour, "dot", dots), x, y),
+    ]
+    return _svg(HEIGHT, f"{y_label} by {x_label}", parts)
+
+
 def scatter(
     series: Sequence[Series], x_label: str, y_label: str, mark: float, mark_label: str
 ) -> str:
@@ -219,13 +251,16 @@ def _x_axis(low: float, high: float, least_step: float = 0.0) -> Axis:
     return Axis(low, high, _LEFT, WIDTH - _RIGHT, ticks)
 
 
-def _frame(x: Axis, y: Axis, x_label: str, y_label: str) -> str:
+def _frame(
+    x: Axis, y: Axis, x_label: str, y_label: str, x_tick: Callable[[float], str] | None = None
+) -> str:
     parts = []
     for tick in y.ticks:
         parts.append(_grid(x, y(tick)))
         parts.append(_text(x.start - 6, y(tick) + 4, _tick(tick), "tick", "end"))
     for tick in x.ticks:
-        parts.append(_text(x(tick), HEIGHT - _BOTTOM + 16, _tick(tick), "tick", "middle"))
+        said = (x_tick or _tick)(tick)
+        parts.append(_text(x(tick), HEIGHT - _BOTTOM + 16, said, "tick", "middle"))
     parts.append(_text((x.start + x.end) / 2, HEIGHT - 6, x_label, "axis-label", "middle"))
     parts.append(_text(4, 12, y_label, "axis-label", "start"))
     return "".join(parts)

@@ -2,7 +2,8 @@
 
 A corpus is made shard by shard. A shard that is there is complete and is never made again, so a
 build that was killed goes on where it was; a corpus counts when its index is there, which is
-written last. Of two processes that want the same corpus, one makes it and the other waits.
+written last. Of two processes that want the same corpus, one makes it and the other waits. Nobody
+removes one that is made or read.
 """
 
 import fcntl
@@ -13,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from multiprocessing import get_context, parent_process
@@ -23,9 +24,10 @@ from threading import Thread
 from klong_jax.core.errors import UserError
 from klong_jax.core.jsonio import Json, content_hash
 from klong_jax.sft.corpus import INDEX, VERSION, TokenCorpus, write_index
+from klong_jax.sft.hold import hold
 from klong_jax.sft.sealed import spoilt
 from klong_jax.sft.shards import Shard, Tokenise, hash_records, open_shard, sweep, write_shard
-from klong_jax.text.formats import Recording, read_recordings
+from klong_jax.text.formats import Recording, read_recordings, recording_files
 
 TokeniseFactory = Callable[[], Tokenise]
 """Makes the function that tokenises, in each process that does; must be picklable."""
@@ -33,7 +35,7 @@ TokeniseFactory = Callable[[], Tokenise]
 SHARD_CHARACTERS = 8_000_000
 """Text of a shard, a trajectory more or less: some two million tokens, a second or two of work."""
 
-_LOCK = ".lock"
+_LOCK = ".lock"  # of the one that makes it
 
 # In a process of the pool: makes its tokenise function, once.
 _own_tokenise: TokeniseFactory
@@ -51,20 +53,25 @@ def corpus_key(source: Path, recipe: dict[str, Json]) -> str:
     """Names the corpus of a source.
 
     Args:
-        source: A file of recordings; its content counts, not its name.
+        source: A file of recordings, or a folder of them; their content counts, not their names.
         recipe: Everything that decides tokens: tokenizer, dialect, pinning and fitting.
 
     Raises:
         UserError: The source cannot be read.
     """
+    digests = [_digest(file) for file in recording_files(source)]
+    of_source: Json = digests if source.is_dir() else digests[0]
+    return content_hash({"version": VERSION, "source": of_source, "recipe": recipe})
+
+
+def _digest(file: Path) -> str:
     try:
-        with source.open("rb") as handle:
-            digest = hashlib.file_digest(handle, "sha256").hexdigest()
+        with file.open("rb") as handle:
+            return hashlib.file_digest(handle, "sha256").hexdigest()
     except OSError as error:
         raise UserError(
-            f"{source}: cannot be read ({error.strerror}); name a file with recordings."
+            f"{file}: cannot be read ({error.strerror}); name a file with recordings."
         ) from None
-    return content_hash({"version": VERSION, "source": digest, "recipe": recipe})
 
 
 def build(
@@ -83,7 +90,7 @@ def build(
 
     Args:
         root: Folder of the cache.
-        source: A file of recordings, read as a stream.
+        source: A file of recordings, read as a stream, or a folder of them.
         recipe: Everything that decides tokens; see `corpus_key`.
         tokenise_factory: Makes what tokenises.
         workers: Processes that tokenise; 1 tokenises in this one.
@@ -98,6 +105,7 @@ def build(
     """
     state = _state(source)
     folder = root / corpus_key(source, recipe)
+    held = hold(folder)
     if not (folder / INDEX).exists():
         with _alone(folder):
             if not (folder / INDEX).exists():
@@ -107,8 +115,8 @@ def build(
                 with _submitter(workers, tokenise_factory, source) as submit:
                     shards = _shards(jobs, submit, workers + 1, skip_bad, on_progress)
                 _check_unchanged(source, state, shards)
-                write_index(folder, shards)
-    corpus = TokenCorpus(folder)
+                write_index(folder, shards, source)
+    corpus = TokenCorpus(folder, held)
     for sentence in corpus.skipped:
         if not skip_bad:
             raise UserError(sentence)
@@ -206,16 +214,19 @@ def _alone(folder: Path) -> Iterator[None]:
         os.close(lock)
 
 
-def _state(source: Path) -> tuple[int, int] | None:
-    """What changes when a file is written to; None if it is not there."""
-    try:
-        stat = source.stat()
-    except OSError:
-        return None
-    return stat.st_size, stat.st_mtime_ns
+def _state(source: Path) -> list[tuple[str, int, int]]:
+    """What changes when files are written to, added or removed; of none that is not there."""
+    states = []
+    for file in recording_files(source):
+        with suppress(OSError):
+            stat = file.stat()
+            states.append((str(file), stat.st_size, stat.st_mtime_ns))
+    return states
 
 
-def _check_unchanged(source: Path, state: tuple[int, int] | None, shards: Iterable[Shard]) -> None:
+def _check_unchanged(
+    source: Path, state: list[tuple[str, int, int]], shards: Iterable[Shard]
+) -> None:
     if _state(source) == state:
         return
     for shard in shards:

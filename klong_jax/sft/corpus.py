@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
+from klong_jax.sft.hold import Hold
 from klong_jax.sft.sealed import read_sealed, spoilt, write_sealed
-from klong_jax.sft.shards import TOKENS, TURNS, Shard, open_shard
+from klong_jax.sft.shards import CONTEXT, RESTART, TOKENS, TURNS, Shard, open_shard
 
-VERSION = 1
+VERSION = 2
 """Of the layout on disk; another one is another entry of the cache."""
 
 INDEX = "index.json"
@@ -29,6 +30,7 @@ class StoredTrajectory:
         prefix_len: Tokens of the pinned prefix.
         turn_lengths: int64[turns, 2], each turn's environment and output tokens.
         restarts: bool[turns], whether a window begins with the turn whatever fits.
+        trained: bool[turns], whether the turn's output is trained.
         tokens: int32[sum of turn_lengths], the turns end to end; read when it is touched.
     """
 
@@ -37,6 +39,7 @@ class StoredTrajectory:
     prefix_len: int
     turn_lengths: np.ndarray
     restarts: np.ndarray
+    trained: np.ndarray
     tokens: np.ndarray
 
 
@@ -49,8 +52,12 @@ class TokenCorpus:
         remarks: What is to be told of the others, a sentence each.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, held: Hold | None = None) -> None:
         """Opens a complete corpus.
+
+        Args:
+            folder: Where it lies.
+            held: Keeps it from being removed for as long as this object lives.
 
         Raises:
             UserError: It is not complete, of another version, or a file was altered; names it.
@@ -60,7 +67,7 @@ class TokenCorpus:
             raise spoilt(
                 folder / INDEX, f"has version {index['version']} instead of {VERSION}", folder
             )
-        self.folder = folder
+        self.folder, self._held = folder, held
         self._shards = [_open(folder / name, digest) for name, digest in index["shards"]]
         self.skipped = tuple(chain.from_iterable(shard.skipped for shard in self._shards))
         self.remarks = tuple(chain.from_iterable(shard.remarks for shard in self._shards))
@@ -102,7 +109,8 @@ class TokenCorpus:
             source=source,
             prefix_len=prefix_len,
             turn_lengths=turns[:, :2],
-            restarts=turns[:, 2] > 0,
+            restarts=turns[:, 2] & RESTART > 0,
+            trained=turns[:, 2] & CONTEXT == 0,
             tokens=tokens[token_end - token_count : token_end],
         )
 
@@ -123,10 +131,16 @@ class TokenCorpus:
         return shard.array(TOKENS), shard.array(TURNS), ends, shard.names()
 
 
-def write_index(folder: Path, shards: list[Shard]) -> None:
-    """Completes a corpus: from now on it counts."""
-    entries = [(shard.folder.name, shard.digest) for shard in shards]
-    write_sealed(folder / INDEX, {"version": VERSION, "shards": entries})
+def write_index(folder: Path, shards: list[Shard], source: Path) -> None:
+    """Completes a corpus, made of a source: from now on it counts."""
+    body = {
+        "version": VERSION,
+        "shards": [(shard.folder.name, shard.digest) for shard in shards],
+        "source": str(source),
+        "trajectories": sum(len(shard.lengths) for shard in shards),
+        "tokens": sum(int(shard.lengths[:, 1].sum()) for shard in shards),
+    }
+    write_sealed(folder / INDEX, body)
 
 
 def _open(folder: Path, digest: str) -> Shard:

@@ -1,6 +1,7 @@
 """From recorded messages to the windows that they are trained in."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 
 from klong_jax.core.errors import UserError
 from klong_jax.core.message import Message
@@ -11,10 +12,7 @@ from klong_jax.splitting.recorded import (
     SplitRecording,
     split_recorded,
 )
-from klong_jax.text.dialect import Dialect
-
-CUT_MARK = "\n[... cut to fit the context ...]\n"
-"""Stands where the middle of an environment text was left out."""
+from klong_jax.text.dialect import Dialect, cut_marker
 
 
 def split_messages(
@@ -24,6 +22,7 @@ def split_messages(
     policy: ContextPolicy,
     where: str,
     options: SplitOptions = DEFAULT_OPTIONS,
+    untrained: Collection[int] = (),
 ) -> SplitRecording:
     """Splits one recorded conversation as the agent would have seen it.
 
@@ -34,6 +33,7 @@ def split_messages(
         policy: The context policy.
         where: Names the recording in errors.
         options: What the policy leaves open.
+        untrained: Messages that are shown but not trained.
 
     Raises:
         UserError: The pinned prefix or a turn does not fit; names `where`.
@@ -42,5 +42,10 @@ def split_messages(
         turns, prefix_len = chat.turns(messages, pinned_messages)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
-    marker = chat.tokenizer.encode(CUT_MARK, specials=False)
-    return split_recorded(turns, prefix_len, policy, options, marker, where)
+    answers = [number for number, message in enumerate(messages) if message.role == "assistant"]
+    turns = tuple(
+        replace(turn, trained=False) if answer in untrained else turn
+        for answer, turn in zip(answers, turns, strict=True)
+    )
+    policy = replace(policy, marker=cut_marker(chat))
+    return split_recorded(turns, prefix_len, policy, options, where)

@@ -24,6 +24,8 @@ from klong_jax.sft.sealed import read_sealed, spoilt, write_sealed
 from klong_jax.text.formats import Recording
 
 TOKENS, TURNS, NOTES = "tokens.npy", "turns.npy", "shard.json"
+RESTART, CONTEXT = 1, 2
+"""Flags of a turn: a window begins with it whatever fits; its output is not trained."""
 DTYPES: dict[str, np.dtype[Any]] = {TOKENS: np.dtype("<i4"), TURNS: np.dtype("<i8")}
 
 
@@ -177,7 +179,11 @@ def hash_records(records: Sequence[Recording | str]) -> str:
     """Identifies what records say; their file's name does not count."""
     digest = hashlib.sha256()
     for record in records:
-        said = "" if isinstance(record, str) else (record.messages, record.pinned_messages)
+        said = (
+            ""
+            if isinstance(record, str)
+            else (record.messages, record.pinned_messages, record.untrained)
+        )
         digest.update(repr(said).encode())
     return digest.hexdigest()
 
@@ -189,11 +195,10 @@ def sweep(corpus: Path) -> None:
 
 
 def _arrays(recording: Recording, made: Tokenised) -> tuple[np.ndarray, np.ndarray]:
-    """A recording's tokens, and of each turn two lengths and whether a window begins with it."""
-    turns = np.array(
-        [(len(t.suffix_ids), len(t.output_ids), bool(t.restart)) for t in made.turns], DTYPES[TURNS]
-    ).reshape(-1, 3)
-    if not turns[:, 1].any():
+    """A recording's tokens, and of each turn two lengths and its flags."""
+    rows = [(len(turn.suffix_ids), len(turn.output_ids), _flags(turn)) for turn in made.turns]
+    turns = np.array(rows, DTYPES[TURNS]).reshape(-1, 3)
+    if not any(turn.trained and turn.output_ids for turn in made.turns):
         raise UserError(
             f"{recording.source}: the assistant says nothing, so no token can be trained; remove "
             "the record."
@@ -210,6 +215,10 @@ def _arrays(recording: Recording, made: Tokenised) -> tuple[np.ndarray, np.ndarr
         ]
     )
     return tokens, turns
+
+
+def _flags(turn: Turn) -> int:
+    return (RESTART if turn.restart else 0) | (0 if turn.trained else CONTEXT)
 
 
 @contextmanager

@@ -22,7 +22,8 @@ def stored_spans(trajectory: StoredTrajectory, policy: ContextPolicy) -> tuple[W
     try:
         restarts = set(np.flatnonzero(trajectory.restarts).tolist())
         lengths = trajectory.turn_lengths.tolist()
-        return split_lengths(lengths, trajectory.prefix_len, policy, restarts)
+        untrained = set(np.flatnonzero(~trajectory.trained).tolist())
+        return split_lengths(lengths, trajectory.prefix_len, policy, restarts, untrained)
     except UserError as error:
         raise UserError(f"{trajectory.source}: {error}") from None
 
@@ -31,19 +32,21 @@ def cut_stored(trajectory: StoredTrajectory, index: int, span: WindowSpan) -> Wi
     """Cuts one window out of a stored trajectory; only its own tokens are read.
 
     Demonstrations know no policy that sampled them: log-probabilities are zero, and the version is
-    0 where the assistant spoke.
+    0 where what the assistant said is trained somewhere.
     """
     position = span.positions()
     # The ends of what environment and assistant said in turn; a position lies before one of them.
     ends = np.cumsum(trajectory.turn_lengths.reshape(-1))
-    spoken = np.searchsorted(ends, position, side="right") % 2 == 1
+    turn, spoken = np.divmod(np.searchsorted(ends, position, side="right"), 2)
+    spoken = (spoken == 1) & trajectory.trained[turn]
     return Window(
         index=index,
         prefix_len=span.prefix_len,
-        tokens=trajectory.tokens[position],
+        tokens=span.take(trajectory.tokens, span.marker),
         trained_mask=spoken & (position >= span.fresh_from),
         behaviour_logprobs=np.zeros(len(position), np.float32),
         policy_version=np.where(spoken, 0, -1).astype(np.int32),
+        end=span.end,
     )
 
 
@@ -115,8 +118,8 @@ class CorpusGroups(Sequence[Group]):
     def trains_before(self, length: int) -> bool:
         """Whether a token at the front of a trajectory, behind its first, is the assistant's."""
         for number in range(len(self.corpus)):
-            lengths = self.corpus.trajectory(number).turn_lengths
-            ends = np.cumsum(lengths.reshape(-1)).reshape(-1, 2)
+            trajectory = self.corpus.trajectory(number)
+            ends = np.cumsum(trajectory.turn_lengths.reshape(-1)).reshape(-1, 2)[trajectory.trained]
             # An output that is no token long ends where it begins.
             if np.any((ends[:, 0] < length) & (ends[:, 1] > np.maximum(ends[:, 0], 1))):
                 return True

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from klong_jax.core.trajectory import Turn
-from klong_jax.splitting.policy import ContextPolicy
+from klong_jax.splitting.policy import ContextPolicy, middle
 
 
 @dataclass(frozen=True)
@@ -22,9 +22,7 @@ class Fitted:
     cut_tokens: int
 
 
-def fit_turns(
-    turns: Sequence[Turn], prefix_len: int, policy: ContextPolicy, marker: Sequence[int]
-) -> Fitted:
+def fit_turns(turns: Sequence[Turn], prefix_len: int, policy: ContextPolicy) -> Fitted:
     """Cuts the middle out of suffixes that no window could show, as the agent does online.
 
     What the assistant said is never cut: a turn whose output is too long is left for `split` to
@@ -33,9 +31,9 @@ def fit_turns(
     Args:
         turns: The recording.
         prefix_len: Pinned tokens; turns that lie within them are left alone.
-        policy: The numbers.
-        marker: Tokens that stand where text was left out.
+        policy: The numbers, and the marker that stands where text was left out.
     """
+    marker = policy.marker
     fitted: list[Turn] = []
     cut: list[int] = []
     lost = position = 0
@@ -59,6 +57,5 @@ def truncate_middle(ids: Sequence[int], room: int, marker: Sequence[int]) -> tup
     """Head and tail of `ids` around a marker, `room` tokens in all."""
     if len(ids) <= room:
         return tuple(ids)
-    kept = room - len(marker)
-    head = kept // 2
-    return (*ids[:head], *marker, *ids[len(ids) - (kept - head) :])
+    begin, end = middle(len(ids), room, len(marker))
+    return (*ids[:begin], *marker, *ids[end:])

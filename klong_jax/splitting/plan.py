@@ -20,7 +20,8 @@ class WindowPlan:
         prefix_tokens: Pinned tokens at its front.
         start: Stream position where its history begins.
         end: Stream position where it ends.
-        overlap_tokens: Tokens of history it shares with the window before.
+        overlap_tokens: Tokens of history it shares with the window before, those that say that
+            text faded included.
         faded_tokens: Tokens that it leaves out of that history's environment texts.
         context_turns: Turns shown but trained elsewhere.
         first_trained_turn: First turn trained here.
@@ -50,7 +51,8 @@ class TrajectoryPlan:
         source: Where it was read from.
         turns: Assistant turns.
         stream_tokens: Tokens of the whole interaction, each counted once.
-        output_tokens: Tokens the assistant said; every one is trained once, but in dropped turns.
+        output_tokens: Tokens the assistant said in turns that are to be trained; every one is
+            trained once, but in dropped turns.
         cut_turns: Turns whose environment text was shortened to fit.
         cut_tokens: Environment tokens left out by that.
         dropped_turns: Turns at the end that no window shows.
@@ -89,7 +91,7 @@ def plan_recorded(trajectory_id: str, source: str, made: SplitRecording) -> Traj
         source=source,
         turns=len(every),
         stream_tokens=tokens_of(every),
-        output_tokens=sum(len(turn.output_ids) for turn in every),
+        output_tokens=_trained_tokens(every),
         cut_turns=made.cut_turns,
         cut_tokens=made.cut_tokens,
         dropped_turns=len(made.dropped),
@@ -107,7 +109,8 @@ def plan_windows(turns: Sequence[Turn], spans: Sequence[WindowSpan]) -> tuple[Wi
         last = bisect_left(ends, span.end)
         shown = bisect_left(ends, span.keep_from + 1)
         faded = sum(end - begin for begin, end in span.left_out)
-        shared = max(0, spans[index - 1].end - span.keep_from) - faded if index else 0
+        marks = len(span.left_out) * len(span.marker)
+        shared = max(0, span.fresh_from - span.keep_from) - faded + marks
         plans.append(
             WindowPlan(
                 index=index,
@@ -117,10 +120,14 @@ def plan_windows(turns: Sequence[Turn], spans: Sequence[WindowSpan]) -> tuple[Wi
                 end=span.end,
                 overlap_tokens=shared,
                 faded_tokens=faded,
-                context_turns=first - shown if index else 0,
+                context_turns=max(0, first - shown),
                 first_trained_turn=first,
                 last_trained_turn=last,
-                trained_tokens=sum(len(turn.output_ids) for turn in turns[first : last + 1]),
+                trained_tokens=_trained_tokens(turns[first : last + 1]),
             )
         )
     return tuple(plans)
+
+
+def _trained_tokens(turns: Sequence[Turn]) -> int:
+    return sum(len(turn.output_ids) for turn in turns if turn.trained)

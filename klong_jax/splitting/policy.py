@@ -9,6 +9,7 @@ section 3; the overlap and the truncation of history are the paper's).
 Positions are indices into the trajectory's token stream (see `klong_jax.core.trajectory`).
 """
 
+from bisect import bisect_right
 from collections.abc import Container, Iterable, Sequence
 from copy import copy
 from dataclasses import dataclass, field
@@ -36,6 +37,7 @@ class ContextPolicy:
         fade: Most environment tokens that a turn carried over still shows, by age: the newest
             first, the last number for all older ones. What stands in the middle of the text is left
             out; what the assistant said never is. Empty shows turns whole.
+        marker: Tokens that stand, and count, where text was left out.
     """
 
     limit: int
@@ -43,6 +45,7 @@ class ContextPolicy:
     reserve: int
     overlap_turns: int | None = None
     fade: tuple[int, ...] = ()
+    marker: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.overlap_turns is not None and self.overlap_turns < 0:
@@ -57,6 +60,11 @@ class ContextPolicy:
             raise UserError(
                 f"splitting: fade must not grow with age nor be negative, unlike {self.fade}; give "
                 "tokens in descending order, as in [1024,256,64]."
+            )
+        if self.fade and self.fade[-1] < len(self.marker):
+            raise UserError(
+                f"splitting: fade={list(self.fade)} has no room for the {len(self.marker)} tokens "
+                "that say that text was left out; raise its last number."
             )
         if min(self.limit, self.reserve) <= 0 or self.overlap < 0:
             raise UserError(
@@ -132,7 +140,7 @@ class WindowTracker:
 
     def history(self, start: int) -> int:
         """Tokens of history that the current window shows before a turn at `start`."""
-        return start - self._keep_from - _tokens(self._left_out)
+        return start - self._keep_from - self._spared(self._left_out)
 
     @property
     def uncut(self) -> bool:
@@ -153,7 +161,8 @@ class WindowTracker:
 
         Returns:
             Where the history of the turn's window begins: the context is
-            `stream[:prefix_len] + stream[that:suffix_end]` without what is `left_out`.
+            `stream[:prefix_len] + stream[that:suffix_end]` with the policy's marker in the place
+            of what is `left_out`.
 
         Raises:
             ContextOverflow: The turn does not fit even without any history.
@@ -204,7 +213,7 @@ class WindowTracker:
         keep_from, left_out = start, tuple[_Stretch, ...]()
         for age, (begin, end) in enumerate(reversed(self._suffixes)):
             more = (*self._faded(age, begin, end), *left_out)
-            if age == turns or start - begin - _tokens(more) > most:
+            if age == turns or start - begin - self._spared(more) > most:
                 break
             keep_from, left_out = begin, more
         return keep_from, left_out
@@ -214,19 +223,34 @@ class WindowTracker:
         fade = self.policy.fade
         if not fade or end - begin <= (shown := fade[min(age, len(fade) - 1)]):
             return ()
-        head = shown // 2
-        return ((begin + head, end - (shown - head)),)
+        left, right = middle(end - begin, shown, len(self.policy.marker))
+        return ((begin + left, begin + right),)
+
+    def _spared(self, stretches: Iterable[_Stretch]) -> int:
+        """By how many tokens a window is shorter without these stretches."""
+        return sum(end - begin - len(self.policy.marker) for begin, end in stretches)
 
     def _current(self) -> WindowSpan:
         end = max(self._end, self._keep_from)
-        return WindowSpan(self.prefix_len, self._keep_from, self._fresh_from, end, self._left_out)
+        marker = self.policy.marker if self._left_out else ()
+        return WindowSpan(
+            self.prefix_len, self._keep_from, self._fresh_from, end, self._left_out, marker
+        )
 
     def _close(self) -> None:
         self.closed.append(self._current())
 
 
-def _tokens(stretches: Iterable[_Stretch]) -> int:
-    return sum(end - begin for begin, end in stretches)
+def middle(length: int, room: int, marker: int) -> tuple[int, int]:
+    """Which stretch (begin, end) of a text a marker replaces, so that the rest fits.
+
+    Args:
+        length: Tokens of the text; more than the room.
+        room: Tokens that may be shown, the marker included.
+        marker: Tokens of the marker.
+    """
+    kept = room - marker
+    return kept // 2, length - (kept - kept // 2)
 
 
 def split(turns: Sequence[Turn], prefix_len: int, policy: ContextPolicy) -> tuple[WindowSpan, ...]:
@@ -238,14 +262,16 @@ def split(turns: Sequence[Turn], prefix_len: int, policy: ContextPolicy) -> tupl
         policy: The numbers.
 
     Returns:
-        The windows in order: every output token is trained in exactly one of them.
+        The windows in order: every output token is trained in exactly one of them, but for those of
+        turns that are not trained. Windows that would train nothing are left out.
 
     Raises:
         UserError: The prefix or a turn does not fit; the message names the turn.
     """
     lengths = ((len(turn.suffix_ids), len(turn.output_ids)) for turn in turns)
     restarts = {number for number, turn in enumerate(turns) if turn.restart}
-    return split_lengths(lengths, prefix_len, policy, restarts)
+    untrained = {number for number, turn in enumerate(turns) if not turn.trained}
+    return split_lengths(lengths, prefix_len, policy, restarts, untrained)
 
 
 def split_lengths(
@@ -253,10 +279,20 @@ def split_lengths(
     prefix_len: int,
     policy: ContextPolicy,
     restarts: Container[int] = (),
+    untrained: Container[int] = (),
 ) -> tuple[WindowSpan, ...]:
-    """`split` of turns of which only restarts and the lengths of suffix and output are known."""
+    """`split` of turns of which only the lengths of suffix and output are known, and which restart.
+
+    Args:
+        lengths: Of each turn's suffix and output.
+        prefix_len: Pinned tokens at the front of the stream.
+        policy: The numbers.
+        restarts: Turns that a window begins with whatever fits.
+        untrained: Turns that are not trained.
+    """
     tracker = WindowTracker(policy, prefix_len)
     position = 0
+    trained: list[int] = []
     for number, (suffix_len, output_len) in enumerate(lengths):
         suffix_end = position + suffix_len
         end = suffix_end + output_len
@@ -268,4 +304,10 @@ def split_lengths(
                 raise UserError(f"turn {number}: {overflow}") from None
         tracker.close_turn(end)
         position = end
-    return tracker.spans()
+        if number not in untrained:
+            trained.append(end)
+    return tuple(
+        span
+        for span in tracker.spans()
+        if bisect_right(trained, span.fresh_from) < bisect_right(trained, span.end)
+    )

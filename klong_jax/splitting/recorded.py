@@ -48,7 +48,8 @@ class SplitRecording:
     Attributes:
         turns: The turns that windows show, shortened where needed.
         prefix_len: Pinned tokens at the front of every window.
-        spans: The windows; every output token of `turns` is trained in exactly one of them.
+        spans: The windows; every output token of `turns` that are trained is trained in exactly one
+            of them.
         cut_turns: Indices of the turns that were shortened.
         cut_tokens: Environment tokens left out by that.
         dropped: The turns at the end that no window shows.
@@ -72,7 +73,6 @@ def split_recorded(
     prefix_len: int,
     policy: ContextPolicy,
     options: SplitOptions,
-    marker: Sequence[int],
     where: str,
 ) -> SplitRecording:
     """Splits recorded turns into windows.
@@ -82,14 +82,15 @@ def split_recorded(
         prefix_len: Pinned tokens at the front of the stream.
         policy: The numbers.
         options: What the policy leaves open.
-        marker: Tokens that stand where text was cut.
         where: Names the recording in errors.
 
     Raises:
-        UserError: There is no turn, or the prefix or a turn does not fit; names `where`.
+        UserError: There is no turn to train, or the prefix or a turn does not fit; names `where`.
     """
     if not turns:
         raise UserError(f"{where}: has no assistant message; nothing can be trained.")
+    if not any(turn.trained for turn in turns):
+        raise UserError(f"{where}: nothing of the assistant is to be trained; remove the record.")
     # Messages behind the last answer may be marked as pinned, but are no part of the stream.
     prefix_len = min(prefix_len, tokens_of(turns)) if options.mode != "sliding_no_pin" else 0
     less = ", or pin less by splitting.pin or the data's pinned_messages"
@@ -98,7 +99,7 @@ def split_recorded(
     def fitted(part: Sequence[Turn]) -> Fitted:
         if options.oversize == "refuse":
             return Fitted(tuple(part), (), 0)
-        return fit_turns(part, prefix_len, policy, marker)
+        return fit_turns(part, prefix_len, policy)
 
     fit = fitted(turns)
     if options.mode == "truncate_tail":
@@ -107,6 +108,8 @@ def split_recorded(
         spans = split(fit.turns, prefix_len, policy)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
+    if not spans:
+        raise UserError(f"{where}: no window that is kept trains anything; remove the record.")
     return SplitRecording(
         turns=fit.turns,
         prefix_len=prefix_len,

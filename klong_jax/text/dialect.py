@@ -8,6 +8,9 @@ from klong_jax.core.message import Message
 from klong_jax.core.trajectory import Turn
 from klong_jax.text.tokenizer import Tokenizer
 
+CUT_MARK = "\n[... cut to fit the context ...]\n"
+"""Stands where the middle of an environment text was left out."""
+
 
 @dataclass(frozen=True)
 class ParsedOutput:
@@ -79,3 +82,8 @@ class Dialect(Protocol):
             The turns, and the length of the pinned prefix in tokens.
         """
         ...
+
+
+def cut_marker(dialect: Dialect) -> tuple[int, ...]:
+    """The tokens that stand where the middle of an environment text was left out."""
+    return tuple(dialect.tokenizer.encode(CUT_MARK, specials=False))

@@ -1,5 +1,6 @@
 """The live context obeys the policy: online windows are the splitter's, whatever happens."""
 
+import numpy as np
 from agent_helpers import chat
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,6 +12,7 @@ from klong_jax.core.message import Message
 from klong_jax.core.trajectory import Status, Trajectory
 from klong_jax.llm.base import Completion
 from klong_jax.splitting.policy import ContextPolicy, split
+from klong_jax.text.dialect import cut_marker
 
 OPENING = (Message("system", "be"), Message("user", "do"))
 TURN = st.tuples(st.integers(1, 40), st.lists(st.integers(0, 200), max_size=3), st.booleans())
@@ -21,7 +23,7 @@ TURN = st.tuples(st.integers(1, 40), st.lists(st.integers(0, 200), max_size=3), 
     limit=st.integers(160, 400),
     overlap=st.integers(0, 80),
     overlap_turns=st.none() | st.integers(0, 6),
-    fade=st.sampled_from([(), (40,), (60, 30, 20)]),
+    fade=st.sampled_from([(), (40,), (60, 40, 32)]),
     turns=st.lists(TURN, min_size=1, max_size=25),
     pin_at=st.integers(0, 25),
 )
@@ -33,7 +35,7 @@ def test_online_windows_are_the_splitters(
     turns: list[tuple[int, list[int], bool]],
     pin_at: int,
 ) -> None:
-    policy = ContextPolicy(limit, overlap, 40, overlap_turns, fade)
+    policy = ContextPolicy(limit, overlap, 40, overlap_turns, fade, cut_marker(chat()))
     context = Context(chat(), policy, "s", OPENING, "task t")
     for number, (output_len, words, cut) in enumerate(turns):
         prompt = context.open()
@@ -43,7 +45,7 @@ def test_online_windows_are_the_splitters(
         context.close(Completion(Message("assistant", "x"), ids, finish_reason=finish), 0.0)
         span = context.spans[-1]
         stream = [t for turn in context.turns for t in turn.suffix_ids + turn.output_ids]
-        seen = [stream[position] for position in span.positions()]
+        seen = span.take(np.array(stream), span.marker).tolist()
         assert seen[: span.length - output_len] == list(prompt.token_ids)
         assert prompt.messages[: context.pinned_messages] == tuple(
             context.messages[: context.pinned_messages]
@@ -67,7 +69,7 @@ def test_online_windows_are_the_splitters(
 @settings(max_examples=50)
 @given(
     overlap_turns=st.none() | st.integers(0, 6),
-    fade=st.sampled_from([(), (30, 20)]),
+    fade=st.sampled_from([(), (36, 32)]),
     lengths=st.lists(st.integers(1, 40), min_size=1, max_size=20),
 )
 def test_a_shorter_context_has_at_most_half_the_history(

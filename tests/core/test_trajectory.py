@@ -83,10 +83,11 @@ def test_what_a_window_carries() -> None:
 
 def test_what_is_left_out_of_a_window_is_not_shown() -> None:
     turns = [Turn((1, 2), (3,)), Turn((4, 5, 6, 7), (8,)), Turn((9,), (10,))]
-    span = WindowSpan(1, 3, 8, 10, ((4, 6),))
+    span = WindowSpan(1, 3, 8, 10, ((4, 6), (7, 7)), (20, 21))
     window = trajectory_of(turns, [span]).windows()[0]
-    assert window.tokens.tolist() == [1, 4, 7, 8, 9, 10]
-    assert window.trained_mask.tolist() == [False] * 5 + [True]
+    assert window.tokens.tolist() == [1, 4, 20, 21, 7, 20, 21, 8, 9, 10]
+    assert window.trained_mask.tolist() == [False] * 9 + [True]
+    assert window.policy_version.tolist() == [-1] * 7 + [0, -1, 0]
     assert span.length == len(window.tokens)
     trajectory = trajectory_of(turns, [span])
     assert Trajectory.from_json(json.loads(json.dumps(trajectory.to_json()))) == trajectory
@@ -125,4 +126,4 @@ def test_fields_of_unequal_length_are_refused() -> None:
         Turn((), (1, 2), (0.0,))
     arrays: list[Any] = [np.zeros(2), np.zeros(2, bool), np.zeros(3), np.zeros(2)]
     with pytest.raises(ValueError, match=r"window 4 has token fields of lengths \[2, 3\]"):
-        Window(4, 0, *arrays)
+        Window(4, 0, *arrays, end=2)

@@ -60,7 +60,7 @@ def make_groups() -> list[tuple[Window, ...]]:
     def window(index: int, prefix: np.ndarray, length: int) -> Window:
         tokens = np.r_[prefix, rng.integers(0, 64, length - 16)].astype(np.int32)
         trained = (rng.random(length) < 0.5) & ((np.arange(length) >= 16) | (index == 0))
-        return Window(index, 16, tokens, trained, np.zeros(length), np.zeros(length))
+        return Window(index, 16, tokens, trained, np.zeros(length), np.zeros(length), length)
 
     groups = []
     for count in (1, 2, 3, 4) * 3:

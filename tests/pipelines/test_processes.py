@@ -5,6 +5,7 @@ Devices are simulated on the CPU, in processes of their own because their number
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -36,6 +37,8 @@ SETTINGS = [
 ]  # fmt: skip
 # What compiles fastest, and saves only when it must.
 SHORT = ("sft.remat=none", "model.num_layers=1", "sft.steps=24", "sft.save_every=1000")
+# Windows of a trajectory come three together and share what is pinned, where it is long enough.
+SHARING = ("splitting.context_limit=256", "sft.together=3", "sft.shared_prefix=auto")
 
 
 def start(command: list[str], devices: int, index: int = 0) -> subprocess.Popen[str]:
@@ -88,10 +91,13 @@ def same(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> None:
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    path = tmp_path / "demonstrations.jsonl"
+    return demonstrations(tmp_path / "demonstrations.jsonl", ["You build things."] * 4)
+
+
+def demonstrations(path: Path, systems: list[str]) -> Path:
     with path.open("w") as lines:
-        for task in range(4):
-            messages = [{"role": "system", "content": "You build things."}]
+        for task, system in enumerate(systems):
+            messages = [{"role": "system", "content": system}]
             for turn in range(7):
                 messages.append({"role": "user", "content": f"add {task} and {turn}"})
                 messages.append({"role": "assistant", "content": f"the sum is {task + turn}"})
@@ -131,16 +137,18 @@ def test_sft_is_the_same_on_every_mesh_and_resumes_a_killed_run_on_any(
         same(rows(roots[name]), rows(roots["alone"]))
 
 
-def until_under_way(root: Path, running: subprocess.Popen[str]) -> None:
-    while len(rows(root)) < 3 and running.poll() is None:
+def until_under_way(root: Path, running: subprocess.Popen[str], steps: int = 3) -> None:
+    while len(rows(root)) < steps and running.poll() is None:
         time.sleep(0.005)
 
 
 @pytest.mark.slow
-def test_sigterm_saves_and_the_same_command_resumes_bit_for_bit(tmp_path: Path, data: Path) -> None:
+def test_sigterm_saves_and_the_same_command_resumes_bit_for_bit(tmp_path: Path) -> None:
+    data = demonstrations(tmp_path / "long.jsonl", ["You build things well. " * 30] * 4)
     roots = {name: tmp_path / name for name in ("stopped", "alone")}
     given = {
-        name: (f"data.path={data}", f"run.root={root}", *SHORT) for name, root in roots.items()
+        name: (f"data.path={data}", f"run.root={root}", *SHORT, *SHARING, "sft.steps=48")
+        for name, root in roots.items()
     }
     (stopped,) = klong_sft(*given["stopped"], devices=1)
     until_under_way(roots["stopped"], stopped)
@@ -151,9 +159,18 @@ def test_sigterm_saves_and_the_same_command_resumes_bit_for_bit(tmp_path: Path, 
         "stopped by SIGTERM and saved; run the same command again to resume\n",
     )
     done = len(rows(roots["stopped"]))
-    assert 3 <= done < 24
+    assert 3 <= done < 40
     checkpoints = roots["stopped"] / "run" / "sft" / "checkpoints"
     assert [path.name for path in checkpoints.iterdir()] == [str(done)]
+
+    # And killed at some later moment, between two checkpoints.
+    (killed,) = klong_sft(*given["stopped"], devices=1)
+    until_under_way(roots["stopped"], killed, done + 1 + time.time_ns() % 4)
+    killed.send_signal(signal.SIGKILL)
+    ((code, out, _),) = finish([killed])
+    assert code == -signal.SIGKILL
+    assert [path.name for path in checkpoints.iterdir()] == [str(done)]
+    assert re.search(r"(\d+) of \1 groups of windows compute 128 tokens", out)
 
     # What is compiled already need not be compiled for the run that nothing stops.
     shutil.copytree(roots["stopped"] / "run" / "compiled", roots["alone"] / "run" / "compiled")
@@ -168,7 +185,7 @@ def test_sigterm_saves_and_the_same_command_resumes_bit_for_bit(tmp_path: Path, 
     folder = roots["stopped"] / "run" / "sft"
     earlier, last = (load_policy(path) for path in (folder / "checkpoints" / str(done), folder))
     assert not np.array_equal(*(jax.tree.leaves(policy.params)[0] for policy in (earlier, last)))
-    with pytest.raises(UserError, match=rf"holds no checkpoint 1; choose one of {done}, 24\.$"):
+    with pytest.raises(UserError, match=rf"holds no checkpoint 1; choose one of {done}, 48\.$"):
         load_policy(folder / "checkpoints" / "1")
 
 
@@ -176,6 +193,7 @@ def test_sigterm_saves_and_the_same_command_resumes_bit_for_bit(tmp_path: Path, 
 def test_sigterm_to_one_process_stops_both_after_the_same_step(tmp_path: Path, data: Path) -> None:
     given = (
         f"data.path={data}",
+        f"data.heldout={data}",
         f"run.root={tmp_path}",
         *SHORT,
         "sft.steps=2000",
@@ -188,6 +206,8 @@ def test_sigterm_to_one_process_stops_both_after_the_same_step(tmp_path: Path, d
         assert code == 143, err
     checkpoints = tmp_path / "run" / "sft" / "checkpoints"
     assert max(int(path.name) for path in checkpoints.iterdir()) == len(rows(tmp_path))
+    judged = [row for row in rows(tmp_path) if row["step"] % 3 == 0]
+    assert judged and all(row["heldout_loss_from_64"] > 0 for row in judged)
 
 
 def test_a_mesh_that_does_not_fit_is_one_sentence(tmp_path: Path, data: Path) -> None:

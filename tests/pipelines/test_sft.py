@@ -69,12 +69,12 @@ def test_training_on_real_recordings_with_the_prefix_once_and_whole(
     once = rows(tmp_path / "once")
     assert mean(row["loss"] for row in once[-3:]) < mean(row["loss"] for row in once[:2]) - 0.3
     assert max(row["windows"] for row in once) > 1
-    made = {path: path.stat().st_mtime_ns for path in corpora.rglob("*")}
+    made = {path: path.stat().st_mtime_ns for path in corpora.rglob("*") if path.name != ".use"}
 
     # The same corpus, the same order, the same numbers.
     done = sft(tmp_path / "whole", *given, "sft.steps=2", "sft.shared_prefix=0")
     assert done.returncode == 0, done.stderr
-    assert made == {path: path.stat().st_mtime_ns for path in corpora.rglob("*")}
+    assert made == {path: path.stat().st_mtime_ns for path in made}
     for one, whole in zip(once, rows(tmp_path / "whole")[:1], strict=False):
         assert one["trained_tokens"] == whole["trained_tokens"]
         assert one["loss"] == pytest.approx(whole["loss"], rel=1e-4)
@@ -113,6 +113,13 @@ def test_a_mixture_is_trained_and_the_best_by_held_out_loss_kept(tmp_path: Path)
     made = rows(tmp_path / "runs")
     assert [row["windows"] for row in made] == [4] * 6
     assert len(list((tmp_path / "runs" / "corpora").iterdir())) == 2
+    # What is held out is shorter than a window, and every token of it stands somewhere.
+    counts = {sum(n for name, n in row.items() if "heldout_tokens_from" in name) for row in made}
+    assert len(counts) == 1 and counts.pop() > 8
+    last = {name: loss for name, loss in made[-1].items() if "heldout_loss_from" in name}
+    report = json.loads((tmp_path / "runs" / "run" / "report.json").read_text())
+    assert [loss for _, loss, _ in report["loss_by_position"]] == list(last.values())
+    assert "Loss along trajectories" in (tmp_path / "runs" / "run" / "report.html").read_text()
     best = sorted(made, key=lambda row: row["heldout_loss"])[:2]
     kept = (tmp_path / "runs" / "run" / "sft" / "checkpoints").iterdir()
     assert {int(path.name) for path in kept if path.name.isdecimal()} == {

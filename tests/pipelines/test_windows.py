@@ -1,14 +1,19 @@
 """Windows as documents: together they say what the recording said, each what its window shows."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+from rich.console import Console
 
 from klong_jax.core.errors import UserError
 from klong_jax.core.message import Message, ToolCall
 from klong_jax.core.trajectory import token_stream
+from klong_jax.pipelines.config.training import TokenisedDataSection
 from klong_jax.pipelines.split import split_recording
+from klong_jax.pipelines.tokenised import Tokeniser, tokenised_windows
 from klong_jax.pipelines.windows import check_windows_folder, write_windows
 from klong_jax.splitting.pinning import Pin
 from klong_jax.splitting.plan import plan_recorded
@@ -70,16 +75,16 @@ def test_every_answer_is_fresh_in_exactly_one_document(
         message
         for document in documents
         for number, message in enumerate(document.messages)
-        if message.role == "assistant" and number not in document.meta.get("copied_context", [])
+        if message.role == "assistant" and number not in document.untrained
     ]
     assert fresh == [message for message in RECORDING.messages if message.role == "assistant"]
     for document in documents:
         assert document.messages[:pinned] == RECORDING.messages[:pinned]
         assert document.pinned_messages == pinned
         assert (document.recording_id, document.meta["score"]) == ("a/b", 1.0)
-    assert "copied_context" not in documents[0].meta
+    assert documents[0].untrained == ()
     for document in documents[1:]:
-        assert set(range(pinned)) <= set(document.meta["copied_context"])
+        assert set(range(pinned)) <= set(document.untrained)
 
 
 def test_a_document_shows_what_its_window_shows(tmp_path: Path) -> None:
@@ -92,6 +97,40 @@ def test_a_document_shows_what_its_window_shows(tmp_path: Path) -> None:
         )
         # Behind the pinned prefix, a window goes on with the line break of a turn it leaves out.
         assert shown.replace("\n", "") == seen.replace("\n", "")
+
+
+@pytest.mark.parametrize("limit", [200, 150])
+def test_what_documents_repeat_is_not_trained_again(tmp_path: Path, limit: int) -> None:
+    documents = written(tmp_path / "windows", "opening", "klong", 2)
+    path = tmp_path / "windows"
+    data = TokenisedDataSection(
+        path=path, skip_bad=False, mix=(), heldout=None, cache=None, workers=1
+    )
+    context = ContextPolicy(limit, 60, 20)
+    tokeniser = Tokeniser(CHAT, context, SplitOptions())
+    groups = tokenised_windows(
+        data, tokeniser, tmp_path / "cache", Console(quiet=True), draws=1, seed=0
+    ).groups
+    assert (len(groups) == len(documents)) == (limit == POLICY.limit)
+    again = [window for group in groups for window in group]
+    once = split_recording(CHAT, RECORDING, POLICY).windows()
+    assert all(window.trained_mask.any() for window in again)
+    trained, expected = (
+        np.concatenate([w.tokens[w.trained_mask] for w in windows]).tolist()
+        for windows in (again, once)
+    )
+    assert trained == expected
+    # The assistant's turns stay the assistant's: what is shown reads as it did.
+    for document, window in zip(documents, again, strict=False):
+        if limit == POLICY.limit:
+            turns, _ = CHAT.turns(document.messages, 2)
+            assert window.tokens.tolist() == token_stream(turns)[0].tolist()
+            assert (window.policy_version[~window.trained_mask] == -1).all()
+    first = split_recording(CHAT, documents[0], context)
+    assert [turn.trained for turn in first.turns] == [True] * len(first.turns)
+    nothing = replace(documents[1], untrained=tuple(range(len(documents[1].messages))))
+    with pytest.raises(UserError, match="nothing of the assistant is to be trained"):
+        split_recording(CHAT, nothing, context)
 
 
 def test_documents_name_each_other_and_what_was_cut(tmp_path: Path) -> None:

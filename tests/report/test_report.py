@@ -1,5 +1,6 @@
 """The report: numbers that equal the data, a page that stands alone and survives anything."""
 
+import itertools
 import re
 from html import unescape
 from html.parser import HTMLParser
@@ -65,6 +66,7 @@ def full() -> RunReport:
         extreme_s=100.0,
         config_summary={"limit": 1024},
         sft_loss=((0, 3.0), (1, float("nan")), (2, 1.0)),
+        loss_by_position=((64, 2.5, 40), (128, 2.0, 300)),
         rl_steps=(point(0, 0), point(1, 0, mean_reward=None, invalid=4), point(2, 1, timeouts=3)),
         evals=(
             row(score=0.25, failures={"bad_call": 2}),
@@ -213,6 +215,23 @@ def test_what_has_not_run_yet_is_said() -> None:
                   "No settings were recorded."):  # fmt: skip
         assert words in page
     assert "<svg" not in page
+
+
+def test_a_run_of_sft_alone_shows_the_loss_along_trajectories_and_nothing_of_acting() -> None:
+    steps = ((64, 0.5, 40), (128, float("nan"), 7), (1024, 2.0, 1300))
+    page = render_html(RunReport("SFT", "r", 0.0, sft_loss=((1, 3.0),), loss_by_position=steps))
+    assert "tokens 64 to 127: 0.5 (40 of them)" in page
+    assert "tokens 1,024 to 2,047: 2 (1,300 of them)" in page
+    assert "tokens 128" not in page and "1 with a loss that is not finite" in page
+    places = [
+        float(re.findall(f'<text x="([\\d.]+)"[^>]*class="tick"[^>]*>{said}<', page)[-1])
+        for said in ("64", "128", "256", "512", "1,024", "2,048")
+    ]
+    gaps = [b - a for a, b in itertools.pairwise(places)]
+    assert gaps == pytest.approx([gaps[0]] * 5, abs=0.2), "each tick is double the last"
+    assert "Every attempt" not in page and "Progressive RL" not in page
+    alone = render_html(RunReport("SFT", "r", 0.0, sft_loss=((1, 3.0),)))
+    assert "No recordings were held out (data.heldout)." in alone
 
 
 def test_the_report_survives_its_file(tmp_path: Path) -> None:

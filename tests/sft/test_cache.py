@@ -203,7 +203,7 @@ def other_version(path: Path) -> None:
         ("00000/shard.json", other_length, "shard.json: is not as it was written"),
         ("00000/shard.json", other_shard, "00000: is not the shard"),
         ("index.json", cut, "index.json: is missing or is not JSON"),
-        ("index.json", other_version, "index.json: has version 99 instead of 1"),
+        ("index.json", other_version, "index.json: has version 99 instead of 2"),
     ],
 )
 def test_an_altered_file_is_named_with_the_remedy(

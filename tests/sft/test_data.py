@@ -18,7 +18,7 @@ from klong_jax.text.tokenizer import train_tokenizer
 def dataset(count: int) -> WindowDataset:
     def window(index: int) -> Window:
         one = np.array([index])
-        return Window(index, 0, one, one > -1, one.astype(np.float32), one)
+        return Window(index, 0, one, one > -1, one.astype(np.float32), one, 1)
 
     return WindowDataset("test", tuple((window(index),) for index in range(count)), 1)
 

@@ -54,7 +54,7 @@ def test_real_recordings_give_the_windows_of_the_path_in_memory(tmp_path: Path) 
         recordings,
         lambda recording: Tokenised(*chat.turns(recording.messages, pinned(recording))),
     )
-    write_index(tmp_path, [open_shard(tmp_path / "00000")])
+    write_index(tmp_path, [open_shard(tmp_path / "00000")], Path("x"))
     policy = ContextPolicy(12_000, 1_500, 1_000)
     groups = CorpusGroups(TokenCorpus(tmp_path), policy, 3, on_skip=lambda sentence: None)
     expected: list[Window] = []
@@ -76,8 +76,9 @@ def tokenised(draw: st.DrawFn) -> tuple[tuple[Turn, ...], int]:
     """Turns of a few tokens, the first answer not silent, and a prefix that ends anywhere."""
     ids = st.lists(st.integers(0, 2**31 - 1), max_size=6).map(tuple)
     restart = st.sampled_from(["", "", "the template left something out"])
-    turns = draw(st.lists(st.builds(Turn, ids, ids, restart=restart), min_size=1, max_size=12))
-    assume(any(turn.output_ids for turn in turns))
+    said = st.builds(Turn, ids, ids, restart=restart, trained=st.booleans())
+    turns = draw(st.lists(said, min_size=1, max_size=12))
+    assume(any(turn.output_ids and turn.trained for turn in turns))
     total = sum(len(turn.suffix_ids) + len(turn.output_ids) for turn in turns)
     return tuple(turns), draw(st.integers(0, min(20, total)))
 
@@ -92,7 +93,7 @@ def tokenised(draw: st.DrawFn) -> tuple[tuple[Turn, ...], int]:
 def test_drawn_recordings_give_the_windows_of_the_path_in_memory(
     drawn: list[tuple[tuple[Turn, ...], int]], overlap: int, most: int, fade: tuple[int, ...]
 ) -> None:
-    policy = ContextPolicy(32 + overlap, overlap, 6, fade=fade)
+    policy = ContextPolicy(32 + overlap, overlap, 6, fade=fade, marker=(7,))
     recordings = [
         Recording(f"file:{number}", str(number), (Message("user", "x"),))
         for number in range(len(drawn))
@@ -102,7 +103,7 @@ def test_drawn_recordings_give_the_windows_of_the_path_in_memory(
         parts = {"0": recordings[:1], "1": recordings[1:]}
         for part, records in parts.items():
             write_shard(folder / part, records, lambda r: Tokenised(*drawn[int(r.recording_id)]))
-        write_index(folder, [open_shard(folder / part) for part in parts])
+        write_index(folder, [open_shard(folder / part) for part in parts], Path("x"))
         stored = CorpusGroups(TokenCorpus(folder), policy, most)
         groups = zip(stored, stored.prefixes(), strict=True)
         for turns, prefix_len in drawn:
@@ -140,7 +141,7 @@ def write_large(folder: Path, trajectories: int, tokens: int, turns: int) -> Non
         "files": files,
     }
     write_sealed(shard / NOTES, notes)
-    write_index(folder, [open_shard(shard)])
+    write_index(folder, [open_shard(shard)], Path("x"))
 
 
 def test_opening_takes_memory_for_trajectories_and_not_for_tokens(tmp_path: Path) -> None:

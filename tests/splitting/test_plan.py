@@ -14,9 +14,9 @@ LENGTHS = st.lists(st.tuples(st.integers(1, 200), st.integers(1, 10)), min_size=
 
 @given(LENGTHS)
 def test_any_recording_fits_once_its_suffixes_are_cut(lengths: list[tuple[int, int]]) -> None:
-    policy = ContextPolicy(limit=64, overlap=16, reserve=10)
+    policy = ContextPolicy(limit=64, overlap=16, reserve=10, marker=MARK)
     turns = tuple(Turn(tuple(range(s)), tuple(range(1000, 1000 + o))) for s, o in lengths)
-    fitted = fit_turns(turns, 0, policy, MARK)
+    fitted = fit_turns(turns, 0, policy)
     assert [turn.output_ids for turn in fitted.turns] == [turn.output_ids for turn in turns]
     for number, (turn, original) in enumerate(zip(fitted.turns, turns, strict=True)):
         assert (turn.suffix_ids != original.suffix_ids) == (number in fitted.cut_turns)
@@ -30,7 +30,7 @@ def test_any_recording_fits_once_its_suffixes_are_cut(lengths: list[tuple[int, i
 def test_the_plan_counts_what_the_windows_hold(
     lengths: list[tuple[int, int]], fade: tuple[int, ...]
 ) -> None:
-    policy = ContextPolicy(limit=300, overlap=60, reserve=10, fade=fade)
+    policy = ContextPolicy(limit=300, overlap=60, reserve=10, fade=fade, marker=MARK)
     turns = tuple(Turn(tuple(range(s)), tuple(range(1000, 1000 + o))) for s, o in lengths)
     spans = split(turns, 0, policy)
     stream = token_stream(turns)
@@ -46,7 +46,9 @@ def test_the_plan_counts_what_the_windows_hold(
         own = turns[plan.first_trained_turn : plan.last_trained_turn + 1]
         fresh = sum(len(turn.suffix_ids) + len(turn.output_ids) for turn in own)
         assert plan.length == plan.overlap_tokens + fresh
-        assert plan.faded_tokens == plan.end - plan.start - plan.length
+        marks = int((window.tokens < 0).sum())
+        assert marks == len(MARK) * len(span.left_out)
+        assert plan.faded_tokens == plan.end - plan.start - plan.length + marks
 
 
 def test_the_middle_goes_and_the_ends_stay() -> None:

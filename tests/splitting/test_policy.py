@@ -160,17 +160,20 @@ def test_contradictory_numbers_are_refused(limit: int, overlap: int, reserve: in
         ContextPolicy(limit, overlap, reserve)
 
 
-FADES = st.lists(st.integers(0, 12), min_size=1, max_size=4).map(
+MARKERS = st.sampled_from([(), (-1,), (-1, -2)])
+FADES = st.lists(st.integers(2, 12), min_size=1, max_size=4).map(
     lambda tokens: tuple(sorted(tokens, reverse=True))
 )
 
 
-@given(recordings(), FADES)
+@given(recordings(), FADES, MARKERS)
 def test_carried_over_texts_fade_with_age_and_nothing_else_does(
-    case: tuple[tuple[Turn, ...], int, ContextPolicy], fade: tuple[int, ...]
+    case: tuple[tuple[Turn, ...], int, ContextPolicy],
+    fade: tuple[int, ...],
+    marker: tuple[int, ...],
 ) -> None:
     turns, prefix, plain = case
-    policy = replace(plain, fade=fade)
+    policy = replace(plain, fade=fade, marker=marker)
     stream = token_stream(turns)
     spans = split(turns, prefix, policy)
     windows = [cut_window(i, span, *stream) for i, span in enumerate(spans)]
@@ -178,6 +181,11 @@ def test_carried_over_texts_fade_with_age_and_nothing_else_does(
     assert trained == [token for turn in turns for token in turn.output_ids]
     for span, window in zip(spans, windows, strict=True):
         assert len(window.tokens) == span.length <= policy.limit
+        assert window.tokens[window.tokens < 0].tolist() == [*marker] * len(span.left_out)
+        if policy.overlap_turns is None and span.fresh_from:
+            carried = span.fresh_from - span.keep_from
+            hidden = sum(end - begin - len(marker) for begin, end in span.left_out)
+            assert carried - hidden <= policy.overlap, "marks count"
         shown, ages, end = set(window.tokens.tolist()), 0, len(stream[0])
         for turn in reversed(turns):
             begin, end = end - len(turn.suffix_ids) - len(turn.output_ids), end
@@ -190,9 +198,9 @@ def test_carried_over_texts_fade_with_age_and_nothing_else_does(
                 else:
                     most = fade[min(ages, len(fade) - 1)]
                     ages += 1
-                    head = min(most, len(text)) // 2 if most < len(text) else len(text)
-                    tail = min(most, len(text)) - head
-                    assert seen == [*text[:head], *text[len(text) - tail :]]
+                    kept = most - len(marker) if most < len(text) else len(text)
+                    head = kept // 2
+                    assert seen == [*text[:head], *text[len(text) - (kept - head) :]]
             end = begin
 
 
@@ -204,6 +212,13 @@ def test_fading_makes_room_for_more_turns() -> None:
     # 8 and 4, twice 4, of the environment, and 4 of the assistant each.
     assert faded[1].fresh_from - faded[1].keep_from == 4 * 20 - 2
     assert faded[1].left_out[-1] == (64, 72)
+    marked = split(turns, 2, ContextPolicy(90, 40, 4, fade=(8, 4), marker=(-1, -2)))
+    assert marked[1].left_out[-1] == (63, 73)
+    assert marked[1].length == faded[1].length
+    window = cut_window(1, marked[1], *token_stream(turns)).tokens.tolist()
+    assert window[window.index(62) :][:3] == [62, -1, -2] and 73 in window and 72 not in window
+    with pytest.raises(UserError, match=r"fade=\[8, 4\] has no room for the 5 tokens"):
+        ContextPolicy(90, 40, 4, fade=(8, 4), marker=(1, 2, 3, 4, 5))
     with pytest.raises(UserError, match="must not grow with age"):
         ContextPolicy(90, 40, 4, fade=(4, 8))
     with pytest.raises(UserError, match="nor be negative"):

@@ -17,7 +17,7 @@ from klong_jax.splitting.recorded import (
 )
 
 MARK = (-1, -2)
-POLICY = ContextPolicy(limit=64, overlap=16, reserve=10)
+POLICY = ContextPolicy(limit=64, overlap=16, reserve=10, marker=MARK)
 PREFIX = 6
 TURNS = st.lists(
     st.tuples(st.integers(PREFIX, 90), st.integers(1, 12)), min_size=1, max_size=14
@@ -37,7 +37,7 @@ def recording(lengths: list[tuple[int, int]]) -> tuple[Turn, ...]:
 def made(
     turns: tuple[Turn, ...], options: SplitOptions, prefix_len: int = PREFIX
 ) -> SplitRecording:
-    return split_recorded(turns, prefix_len, POLICY, options, MARK, "file:1")
+    return split_recorded(turns, prefix_len, POLICY, options, "file:1")
 
 
 def trained(split: SplitRecording) -> list[int]:

@@ -9,7 +9,7 @@ from klong_jax.splitting.policy import ContextPolicy
 from klong_jax.splitting.recorded import Mode, SplitOptions, split_recorded
 from klong_jax.splitting.stats import Spread, TrainedByPosition, corpus_stats
 
-POLICY = ContextPolicy(64, 16, 10, fade=(12, 4))
+POLICY = ContextPolicy(64, 16, 10, fade=(12, 4), marker=(9,))
 LENGTHS = st.lists(st.tuples(st.integers(6, 40), st.integers(1, 8)), min_size=1, max_size=8)
 
 
@@ -22,7 +22,7 @@ def test_a_corpus_is_the_sum_of_its_windows(
     corpus: list[list[tuple[int, int]]], mode: Mode, bins: int
 ) -> None:
     turns = [tuple(Turn((1,) * s, (2,) * o) for s, o in lengths) for lengths in corpus]
-    split = [split_recorded(t, 6, POLICY, SplitOptions(mode=mode), (9,), "f") for t in turns]
+    split = [split_recorded(t, 6, POLICY, SplitOptions(mode=mode), "f") for t in turns]
     stats = corpus_stats([plan_recorded("a", "f", made) for made in split])
     windows = [window for made in split for window in made.windows()]
     assert stats.trajectories == len(corpus)

@@ -137,7 +137,8 @@ def test_atif_says_which_messages_are_copied_context(tmp_path: Path) -> None:
     recording = one(path)
     assert recording.messages[1] == Message("assistant", "ok", "why not", (ToolCall("f", {}, "c"),))
     assert recording.messages[2] == Message("tool", "", tool_call_id="c")
-    assert recording.meta["copied_context"] == [1, 2]
+    assert recording.untrained == (1, 2)
+    assert "copied_context" not in recording.meta
 
 
 def test_two_openhands_actions_of_one_response_are_one_message(tmp_path: Path) -> None:
@@ -233,6 +234,21 @@ def test_a_missing_file_a_folder_and_binary_are_refused(tmp_path: Path) -> None:
     for name in ("none", ".", "b"):
         with pytest.raises(UserError):
             detect(tmp_path / name)
+    with pytest.raises(UserError, match=r"holds no file that ends in \.json, \.jsonl, \.traj"):
+        list(read_recordings(tmp_path))
+
+
+def test_a_folder_is_all_of_its_files_by_name(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    for name in ("sub/b.json", "a.jsonl", ".hidden.json", "notes.txt"):
+        (tmp_path / name).write_text(json.dumps({"messages": HELLO, "id": name}))
+    assert [one.recording_id for one in read_recordings(tmp_path)] == ["a.jsonl", "sub/b.json"]
+    (tmp_path / "broken.json").write_text("{\n")
+    skipped: list[str] = []
+    assert len(list(read_recordings(tmp_path, skip_bad=True, on_skip=skipped.append))) == 2
+    assert len(skipped) == 1 and "broken.json:2:1: not valid JSON" in skipped[0]
+    with pytest.raises(UserError, match=r"broken\.json"):
+        list(read_recordings(tmp_path))
 
 
 texts = st.text(max_size=20) | st.sampled_from(["\u2028", "\x85\n", "\ud800", "<|im_end|>"])
@@ -306,7 +322,7 @@ def test_atif_steps_hold_the_answers_to_their_calls(tmp_path: Path) -> None:
         Message("tool", "late", tool_call_id="a"),
     )
     path = tmp_path / "t.json"
-    write_atif(path, Recording("", "r", talk, 2), copied={0, 2}, continued_in="next.json")
+    write_atif(path, Recording("", "r", talk, 2, untrained=(0, 2)), continued_in="next.json")
     document = json.loads(path.read_text())
     assert document["schema_version"] == "ATIF-v1.6"
     assert document["agent"].keys() == {"name", "version"}
@@ -322,7 +338,19 @@ def test_atif_steps_hold_the_answers_to_their_calls(tmp_path: Path) -> None:
     recording = one(path)
     assert recording.messages == talk
     assert recording.pinned_messages == 2
-    assert recording.meta == {"copied_context": [0, 2, 3, 4]}
+    assert recording.untrained == (0, 2, 3, 4)
+    assert recording.meta == {}
+    write_openai_jsonl(path, [recording])
+    assert one(path).untrained == (0, 2, 3, 4)
+
+
+@pytest.mark.parametrize("weight", [2, "0", None, -1])
+def test_a_weight_of_openai_is_0_or_1(tmp_path: Path, weight: object) -> None:
+    said = [{"role": "assistant", "content": "a", "weight": w} for w in (0, 1, 0.0)]
+    assert one(save(tmp_path / "a", {"messages": said})).untrained == (0, 2)
+    said[1]["weight"] = weight
+    with pytest.raises(UserError, match=r"messages\[1\]: field 'weight' must be 0 or 1"):
+        one(save(tmp_path / "b", {"messages": said}))
 
 
 @pytest.mark.parametrize("own", [3, {"meta": 3}, {"pinned_messages": "two"}])

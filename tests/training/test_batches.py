@@ -12,7 +12,8 @@ from klong_jax.training.batches import WindowBatch, micro_batches, pad_windows
 def window(size: int) -> Window:
     ones = np.ones(size)
     tokens = np.arange(1, size + 1, dtype=np.int32)
-    return Window(0, 0, tokens, ones.astype(bool), ones.astype(np.float32), ones.astype(np.int32))
+    versions = ones.astype(np.int32)
+    return Window(0, 0, tokens, ones.astype(bool), ones.astype(np.float32), versions, size)
 
 
 def rows(batches: list[WindowBatch]) -> list[int]:

@@ -15,7 +15,7 @@ MODEL = DecoderConfig(30, 16, 3, 2, 1, 8, 32)
 def window(index: int, mask: list[int], prefix_len: int = 0) -> Window:
     numbers = np.zeros(len(mask), np.int32)
     floats = numbers.astype(np.float32)
-    return Window(index, prefix_len, numbers, np.asarray(mask, bool), floats, numbers)
+    return Window(index, prefix_len, numbers, np.asarray(mask, bool), floats, numbers, len(mask))
 
 
 def test_operations_are_those_of_the_matrices_and_of_pairs_that_see_each_other() -> None:

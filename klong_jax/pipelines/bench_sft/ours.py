@@ -54,8 +54,17 @@ def contend(job: Job) -> Outcome:
 def _group(work: Work, vocab: int) -> Group:
     trained = np.arange(work.prefix + work.window) >= work.prefix
     unused = np.zeros(len(trained), np.float32)
+    versions = unused.astype(np.int32)
     return tuple(
-        Window(index, work.prefix, tokens, trained, unused, unused.astype(np.int32))
+        Window(
+            index,
+            work.prefix,
+            tokens,
+            trained,
+            unused,
+            versions,
+            end=len(tokens) + index * work.window,
+        )
         for index, tokens in enumerate(work.rows(vocab))
     )
 

@@ -241,6 +241,28 @@ class ReportConfig(Section):
     """The run's folder, such as runs/ID."""
 
 
+class CorporaConfig(Section):
+    """The tokenised corpora of klong sft: what lies on disk, and what may go."""
+
+    path: Path
+    """Folder of the corpora, as data.cache of klong sft."""
+    older_than_days: float | None = Field(ge=0)
+    """Only corpora that were last opened longer ago may go; null leaves age out."""
+    keep: int | None = Field(ge=0)
+    """So many of the last opened stay in any case; null leaves their number out."""
+    prune: bool
+    """Remove what may go, but for what a process makes or reads; false only shows it."""
+
+    @model_validator(mode="after")
+    def _says_what(self) -> Self:
+        if self.prune and self.older_than_days is None and self.keep is None:
+            raise UserError(
+                "prune=true: say what may go with older_than_days=DAYS, keep=NUMBER or both; "
+                "keep=0 takes all."
+            )
+        return self
+
+
 class SandboxConfig(Section):
     """The sandbox service."""
 
@@ -305,6 +327,7 @@ CONFIGS: dict[str, type[Section]] = {
     "aot": AotConfig,
     "rubric": RubricConfig,
     "report": ReportConfig,
+    "corpora": CorporaConfig,
     "sandbox": SandboxConfig,
     "bench": BenchConfig,
     "doctor": DoctorConfig,

@@ -60,7 +60,8 @@ class SplittingSection(Section):
     """Most turns carried over instead, as far as they fit; null bounds the tokens."""
     fade: tuple[Annotated[int, Field(ge=32)], ...]
     """Most environment tokens that a turn carried over still shows, by age: newest first, the last
-    number for all older ones, as in [1024,256,64]; [] shows turns whole."""
+    number for all older ones, as in [1024,256,64], a mark in the middle included; [] shows turns
+    whole."""
     reserve: int
     """Room kept for the next output: what the agent may generate in one turn."""
 
@@ -132,7 +133,7 @@ class MixedSection(Section):
     """Recordings that are mixed in."""
 
     path: Path
-    """A file of recordings."""
+    """A file or folder of recordings."""
     weight: float | None = None
     """How often it is drawn, where data.path is drawn once."""
     epochs: float | None = None
@@ -147,8 +148,8 @@ class TokenisedDataSection(DataSection):
     as in [{path:chat.jsonl,weight:0.5},{path:code.jsonl,epochs:2}]."""
 
     heldout: Path | None
-    """A file of recordings that are not trained on: their loss is taken at each checkpoint, and
-    chooses what sft.keep_best keeps."""
+    """A file or folder of recordings that are not trained on: their loss is taken at each
+    checkpoint, in all and by position in the trajectory, and chooses what sft.keep_best keeps."""
     cache: Path | None
     """Folder of tokenised corpora, found again by what they depend on; null is corpora in the
     folder of runs."""

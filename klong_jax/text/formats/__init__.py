@@ -15,12 +15,36 @@ from klong_jax.text.formats.swe_agent import SWE_AGENT
 from klong_jax.text.formats.tau_bench import TAU_BENCH
 
 __all__ = ["FORMATS", "Recording", "detect", "message_to_openai", "read_recordings",
-           "write_atif", "write_openai_jsonl"]  # fmt: skip
+           "recording_files", "write_atif", "write_openai_jsonl"]  # fmt: skip
 
 _LOG = logging.getLogger(__name__)
 
+SUFFIXES = (".json", ".jsonl", ".traj")
+"""Of the files that are read in a folder."""
+
 # In order: the first that matches reads. OpenAI's is the most permissive, so it comes last.
 FORMATS = (ATIF, TAU_BENCH, SHAREGPT, OPENHANDS, SWE_AGENT, MINI_SWE_AGENT, OPENAI)
+
+
+def recording_files(path: Path) -> list[Path]:
+    """The files that a path names: itself, or those of recordings in a folder, by name.
+
+    Raises:
+        UserError: It is a folder without such files.
+    """
+    if not path.is_dir():
+        return [path]
+    found = sorted(
+        file
+        for file in path.rglob("*")
+        if file.suffix in SUFFIXES and not file.name.startswith(".") and file.is_file()
+    )
+    if not found:
+        raise UserError(
+            f"{path}: holds no file that ends in {', '.join(SUFFIXES)}; name a file or a folder of "
+            "recordings."
+        )
+    return found
 
 
 def detect(path: Path) -> str:
@@ -40,12 +64,12 @@ def read_recordings(
     skip_bad: bool = False,
     on_skip: Callable[[str], None] = _LOG.warning,
 ) -> Iterator[Recording]:
-    """Reads the recordings of a file in any known format.
+    """Reads the recordings of a file in any known format, or of all such files in a folder.
 
     Args:
-        path: The file.
+        path: The file, or the folder.
         skip_bad: Whether to pass over records that cannot be read and use the rest.
-        on_skip: Told why, for every record passed over.
+        on_skip: Told why, for every record passed over, and every file of a folder.
 
     Raises:
         UserError: A record cannot be read and `skip_bad` is off, or the file as a whole cannot;
@@ -57,13 +81,23 @@ def read_recordings(
             raise error
         on_skip(str(error))
 
+    for file in recording_files(path):
+        try:
+            yield from _read_file(file, bad)
+        except UserError as error:
+            if file == path:
+                raise
+            bad(error)
+
+
+def _read_file(path: Path, on_bad: Callable[[UserError], None]) -> Iterator[Recording]:
     form: Format | None = None
-    for record in records(path, bad):
+    for record in records(path, on_bad):
         try:
             form = form or _format_of(record, path)
             yield form.read(record)
         except UserError as error:
-            bad(error)
+            on_bad(error)
     if form is None:
         raise UserError(f"{path}: holds no readable record; name a file with recordings.")
 

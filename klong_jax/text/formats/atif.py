@@ -2,7 +2,7 @@
 
 A step of source system or user is one message. A step of source agent is an assistant message
 followed by the results of its calls. Steps marked `is_copied_context` repeat what an earlier
-trajectory already said; they are read like any other and listed in `meta["copied_context"]`.
+trajectory already said; they are read like any other, as messages that are not trained.
 
 What we write and ATIF has no field for stands in its free fields: `extra.klong` of a document holds
 `pinned_messages` and `meta`, and `extra.klong` of a step the call that a tool's answer far from its
@@ -28,29 +28,19 @@ _ROOT_FIELDS = (
 _OWN = "klong"
 
 
-def write_atif(
-    path: Path,
-    recording: Recording,
-    *,
-    copied: Collection[int] | None = None,
-    continued_in: str = "",
-) -> None:
+def write_atif(path: Path, recording: Recording, *, continued_in: str = "") -> None:
     """Writes a recording as an ATIF document; `read_recordings` gives it back.
 
     Args:
         path: The file.
-        recording: The recording.
-        copied: Messages that an earlier document already holds; a step is marked if it begins with
-            one. None marks what the recording was read with.
+        recording: The recording; a step that begins with an untrained message is marked as copied.
         continued_in: Name of the document that goes on from here, if any.
     """
-    if copied is None:
-        copied = recording.meta.get("copied_context", ()) if _is_atif(recording.meta) else ()
     document = _root(recording)
     if continued_in:
         document["continued_trajectory_ref"] = continued_in
     document["session_id"] = recording.recording_id
-    document["steps"] = _steps(recording.messages, copied)
+    document["steps"] = _steps(recording.messages, frozenset(recording.untrained))
     write_json(path, document)
 
 
@@ -60,9 +50,8 @@ def _is_atif(value: dict[str, Any]) -> bool:
 
 def _root(recording: Recording) -> dict[str, Any]:
     """The document's fields but its name and steps: what was read, or what we must say."""
-    meta = {key: item for key, item in recording.meta.items() if key != "copied_context"}
+    meta = dict(recording.meta)
     if not _is_atif(meta):
-        meta = recording.meta
         root: dict[str, Any] = {
             "schema_version": _VERSION,
             "agent": {"name": "unknown", "version": "unknown"},
@@ -77,7 +66,7 @@ def _root(recording: Recording) -> dict[str, Any]:
     return {**root, "extra": {**(root.get("extra") or {}), _OWN: own}}
 
 
-def _steps(messages: Sequence[Message], copied: Collection[int]) -> list[dict[str, Any]]:
+def _steps(messages: Sequence[Message], untrained: Collection[int]) -> list[dict[str, Any]]:
     steps: list[dict[str, Any]] = []
     open_calls: set[str] = set()
     for number, message in enumerate(messages):
@@ -88,7 +77,7 @@ def _steps(messages: Sequence[Message], copied: Collection[int]) -> list[dict[st
             steps[-1].setdefault("observation", {"results": []})["results"].append(result)
             continue
         step = {"step_id": len(steps) + 1, **_spoken(message)}
-        if number in copied:
+        if number in untrained:
             step["is_copied_context"] = True
         steps.append(step)
         # An answer that names no call belongs to the calls right before it.
@@ -136,13 +125,12 @@ def _read(record: Record) -> Recording:
     pinned = own.get("pinned_messages")
     if pinned is not None:
         pinned = need(own, "pinned_messages", int, f"{place}: extra.{_OWN}")
-    if copied:
-        meta["copied_context"] = copied
     return Recording(
         source=place,
         recording_id=str(value.get("session_id") or record.name),
         messages=tuple(messages),
         pinned_messages=pinned,
+        untrained=tuple(copied),
         meta=meta,
     )
 

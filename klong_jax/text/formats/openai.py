@@ -1,11 +1,12 @@
 """OpenAI chat messages, one conversation a JSONL line or a bare list; the format we write.
 
 A line is {"messages": [...]} and whatever else its author keeps. Our own keys are `id`,
-`pinned_messages` and `meta`.
+`pinned_messages` and `meta`. A message of `weight` 0 is shown but not trained, as in OpenAI's own
+fine-tuning.
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,8 @@ def write_openai_jsonl(path: Path, recordings: Iterable[Recording]) -> None:
         if recording.meta:
             row["meta"] = recording.meta
         row["messages"] = [message_to_openai(message) for message in recording.messages]
+        for number in recording.untrained:
+            row["messages"][number]["weight"] = 0
         # ASCII, because recorded tool output may hold half a surrogate pair, which UTF-8 cannot.
         rows.append(json.dumps(row) + "\n")
     write_text(path, "".join(rows))
@@ -181,8 +184,17 @@ def _read(record: Record) -> Recording:
         recording_id=str(value.get("id") or record.name),
         messages=messages,
         pinned_messages=pinned,
+        untrained=tuple(_untrained(value, record.place)),
         meta=meta,
     )
+
+
+def _untrained(value: dict[str, Any], place: str) -> Iterator[int]:
+    for number, (where, message) in enumerate(objects(value, "messages", place)):
+        if "weight" in message and message["weight"] not in (0, 1):
+            reject(where, f"field 'weight' must be 0 or 1, not {message['weight']!r}")
+        if message.get("weight") == 0:
+            yield number
 
 
 OPENAI = Format("openai", _matches, _read)
