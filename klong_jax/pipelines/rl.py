@@ -118,7 +118,7 @@ async def train(
     total = sum(s.max_steps for s in section.stages)
 
     def trainer(remat: Remat) -> Trainer:
-        loss = rl_loss(policy.graph, numbers, remat=remat)
+        loss = rl_loss(policy.graph, numbers, remat=remat, scan_layers=section.scan_layers)
         return Trainer(loss, make_optimizer(optimizer), section.router_bias_rate)
 
     shape = RlRunConfig(

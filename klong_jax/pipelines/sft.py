@@ -141,7 +141,7 @@ def train(
     kind = jax.devices()[0].device_kind
 
     def trainer(remat: Remat) -> Trainer:
-        loss = sft_loss(policy.graph, remat=remat)
+        loss = sft_loss(policy.graph, remat=remat, scan_layers=section.scan_layers)
         return Trainer(loss, make_optimizer(optimizer), section.router_bias_rate)
 
     fitting = Step(

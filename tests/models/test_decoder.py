@@ -74,6 +74,22 @@ def test_policies_trade_memory_and_nothing_else() -> None:
         gradient("some")
 
 
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_layers_compiled_one_by_one_are_the_loop(remat: Remat) -> None:
+    tokens = jnp.asarray(TOKENS)
+
+    def run(params: object, scan: bool) -> tuple[jax.Array, tuple[object, object]]:
+        decoder = nnx.merge(GRAPH, params)
+        read = decoder.forward(tokens[:, :5], keep=True, remat=remat, scan=scan)
+        out = decoder.forward(tokens[:, 5:], past=read.cache, remat=remat, scan=scan)
+        return jnp.sum(jnp.sin(out.hidden)), (out.loads, read.cache)
+
+    gradient = jax.jit(jax.grad(run, has_aux=True), static_argnums=1)
+    looped, single = (jax.tree.leaves(gradient(PARAMS, scan)) for scan in (True, False))
+    for one, other in zip(looped, single, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+
+
 def test_half_precision_computes_and_full_precision_learns() -> None:
     _, halved = abstract(CONFIG, DTypes("bfloat16", "bfloat16"))
     # Small steps of the routers' bias, and a checkpoint's value of it, would be lost.

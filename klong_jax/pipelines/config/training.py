@@ -233,6 +233,9 @@ class SftSection(Section):
     """What a layer keeps for its backward pass: none recomputes nothing, full everything but the
     layer's input; attention keeps what attention gave, dots the results of matrix products. auto
     takes what recomputes least and fits into the devices' memory."""
+    scan_layers: bool
+    """Whether layers are one compiled loop. One by one they take longer to compile, and on a GPU a
+    step takes about 3% less time."""
     router_bias_rate: float = Field(ge=0)
     """What a step moves the routers' biases by to even out the load of experts; 0 leaves them."""
     save_every: int = Field(gt=0)
@@ -319,6 +322,9 @@ class RlSection(Section):
     """What a layer keeps for its backward pass: none recomputes nothing, full everything but the
     layer's input; attention keeps what attention gave, dots the results of matrix products. auto
     takes what recomputes least and fits into the devices' memory."""
+    scan_layers: bool
+    """Whether layers are one compiled loop. One by one they take longer to compile, and on a GPU a
+    step takes about 3% less time."""
     router_bias_rate: float = Field(ge=0)
     """What a step moves the routers' biases by to even out the load of experts; 0 leaves them."""
     clip: float = Field(gt=0)
