@@ -118,7 +118,12 @@ async def train(
         groups=section.groups,
         rollouts=section.rollouts,
         tokens_per_rollout=section.tokens_per_rollout,
-        layout=Layout(config.splitting.context_limit, section.micro_batch, section.shared_prefix),
+        layout=Layout(
+            config.splitting.context_limit,
+            section.micro_batch,
+            section.shared_prefix,
+            pack=section.pack,
+        ),
         seed=config.seed,
     )
     metrics = together(lambda: MetricsLog(folder / "metrics.jsonl", done, section.log_to))

@@ -76,6 +76,7 @@ def tokenised_windows(
     seed: int,
     together: int = 1,
     shared_prefix: int | Literal["auto"] = 0,
+    pack: bool = False,
 ) -> WindowDataset:
     """The windows of recordings.
 
@@ -88,6 +89,7 @@ def tokenised_windows(
         seed: Seeds the order of a mixture.
         together: Most windows of one trajectory that make a group.
         shared_prefix: Tokens at the front of a group's windows that are computed once.
+        pack: Whether short windows share a row.
 
     Raises:
         UserError: A recording cannot be used and is not to be passed over, the cache is spoilt, or
@@ -123,12 +125,18 @@ def tokenised_windows(
         length=tokeniser.policy.limit,
         shared=shared,
         prefix_trained=bool(shared) and any(part.trains_before(shared) for part in parts),
+        pack=pack,
         mixture=mixture,
     )
 
 
 def heldout_windows(
-    data: TokenisedDataSection, tokeniser: Tokeniser, cache: Path, console: Console
+    data: TokenisedDataSection,
+    tokeniser: Tokeniser,
+    cache: Path,
+    console: Console,
+    *,
+    pack: bool = False,
 ) -> WindowDataset | None:
     """The windows of the recordings that are not trained on, a trajectory a group, if any are.
 
@@ -139,7 +147,7 @@ def heldout_windows(
         return None
     corpus = _corpus(data.heldout, data, tokeniser, cache, console)
     groups = CorpusGroups(corpus, tokeniser.policy, sys.maxsize)
-    return WindowDataset("held out", groups, tokeniser.policy.limit)
+    return WindowDataset("held out", groups, tokeniser.policy.limit, pack=pack)
 
 
 def _corpus(

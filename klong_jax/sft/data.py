@@ -30,6 +30,7 @@ class WindowDataset:
         length: Tokens a window is padded to.
         shared: Tokens at the front of a group's windows that are computed once; 0 for none.
         prefix_trained: Whether any of these tokens is trained.
+        pack: Whether short windows share a row.
         mixture: In which order groups of several sources are drawn, whose groups stand end to end;
             of one source, each epoch has an order of its own.
     """
@@ -39,6 +40,7 @@ class WindowDataset:
     length: int
     shared: int = 0
     prefix_trained: bool = True
+    pack: bool = False
     mixture: Mixture | None = None
 
     def __post_init__(self) -> None:
@@ -47,7 +49,7 @@ class WindowDataset:
 
     def layout(self, rows: int) -> Layout:
         """How its batches are laid out: the same shapes for all of them."""
-        return Layout(self.length, rows, self.shared, self.prefix_trained)
+        return Layout(self.length, rows, self.shared, self.prefix_trained, self.pack)
 
     def batch(self, position: int, size: int, seed: int) -> list[Group]:
         """The groups from `position` on.

@@ -4,8 +4,7 @@ A policy that only learnt how trajectories begin has a loss that grows along the
 the second half of each trajectory are also told apart.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
@@ -14,8 +13,11 @@ from jaxtyping import Array, Float
 from klong_jax.core.trajectory import Window
 from klong_jax.models.decoder import Params
 from klong_jax.sft.data import WindowDataset
-from klong_jax.training.batches import WindowBatch, micro_batches, pad_windows, place_batch
+from klong_jax.training.batches import Group, WindowBatch, lay_out, place_batch
 from klong_jax.training.loss import WindowLoss
+
+_TOGETHER = 64
+"""Windows that are packed together, at least: enough to fill rows, few enough to hold."""
 
 
 class HeldOut:
@@ -27,14 +29,14 @@ class HeldOut:
         Args:
             data: The recordings; each group is a whole trajectory.
             loss: The loss, summed over trained tokens.
-            rows: Windows a call.
+            rows: Rows a call.
         """
 
         @jax.jit
         def summed(params: Params, batch: WindowBatch) -> Float[Array, ""]:
             return loss(params, batch)[0]
 
-        self._data, self._rows, self._summed = data, rows, summed
+        self._data, self._layout, self._summed = data, data.layout(rows), summed
 
     def losses(self, params: Params) -> dict[str, float]:
         """Nats a trained token: `heldout_loss`, and `heldout_late_loss` of later windows.
@@ -42,10 +44,11 @@ class HeldOut:
         The second is missing where no trajectory is longer than a window.
         """
         early, late = np.zeros(2), np.zeros(2)
-        for group in self._data.groups:
-            half = -(-len(group) // 2)
-            early += self._sums(params, group[:half])
-            late += self._sums(params, group[half:])
+        for groups in self._chunks():
+            halves = [-(-len(group) // 2) for group in groups]
+            pairs = list(zip(groups, halves, strict=True))
+            early += self._sums(params, [w for group, half in pairs for w in group[:half]])
+            late += self._sums(params, [w for group, half in pairs for w in group[half:]])
         total, count = early + late
         losses = {"heldout_loss": float(total / count)}
         if late[1]:
@@ -56,8 +59,18 @@ class HeldOut:
         """The summed loss of windows, and how many tokens it is of."""
         if not windows:
             return 0.0, 0.0
-        padded = pad_windows(windows, [1.0] * len(windows), self._data.length)
-        batches: Any = map(place_batch, micro_batches(padded, self._rows))
+        batches = map(place_batch, lay_out([tuple(windows)], [1.0], self._layout))
         total = sum(float(self._summed(params, batch)) for batch in batches)
         # Nothing predicts a first token.
-        return total, float(padded.trained[:, 1:].sum())
+        return total, float(sum(int(window.trained_mask[1:].sum()) for window in windows))
+
+    def _chunks(self) -> Iterator[list[Group]]:
+        """Groups that are taken together; one by one if their windows share no rows."""
+        chunk: list[Group] = []
+        for group in self._data.groups:
+            chunk.append(group)
+            if not self._layout.pack or sum(map(len, chunk)) >= _TOGETHER:
+                yield chunk
+                chunk = []
+        if chunk:
+            yield chunk

@@ -23,6 +23,6 @@ def sft_loss(graph: nnx.GraphDef[Decoder], *, remat: Remat) -> WindowLoss:
 def _cross_entropy(
     hidden: Float[Array, "b t w"], embedding: Float[Array, "v w"], targets: WindowBatch
 ) -> Summed:
-    weights = jnp.asarray(targets.trained * targets.weight[:, None])
+    weights = jnp.asarray(targets.trained * targets.token_weight)
     out = linear_cross_entropy(hidden, embedding, jnp.asarray(targets.tokens), weights)
     return out.weighted_sum, {"entropy": jnp.sum(weights * out.entropies)}

@@ -315,6 +315,11 @@ def test_what_does_not_fit_is_said_in_a_sentence() -> None:
     with pytest.raises(UserError, match=r"no prefix before them and no lengths"):
         attention(arrays[0][:, :3], *arrays[1:], lengths=jnp.ones(1), segments=jnp.ones((1, 3)))
     arrays = [jnp.zeros(x.shape) for x in inputs(1, 3, 3, 2, 1, 4)[0]]
+    with (
+        use_kernels(platform="gpu"),
+        pytest.raises(UserError, match=r"on Hopper GPUs only, .* not \(1, 3, 2, 4\) on cpu;"),
+    ):
+        attention(*arrays, segments=jnp.ones((1, 3)), backend="gpu")
     with pytest.raises(UserError, match=r"no backend 'cuda'; choose one of reference, cpu"):
         attention(*arrays, backend="cuda")
 

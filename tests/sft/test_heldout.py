@@ -40,14 +40,14 @@ def test_the_loss_is_the_mean_over_trained_tokens_and_late_windows_are_told_apar
         tuple(window(index, 12 - index, index) for index in range(5)),
         (window(0, 7, 9),),
     )
-    losses = HeldOut(WindowDataset("x", groups, LENGTH), sft_loss(GRAPH, remat="none"), 4).losses(
-        PARAMS
-    )
     every = [one for group in groups for one in group]
-    assert losses == {
+    by_token = {
         "heldout_loss": pytest.approx(by_hand(every), rel=1e-5),
         "heldout_late_loss": pytest.approx(by_hand(list(groups[0][3:])), rel=1e-5),
     }
+    for pack in (False, True):
+        data = WindowDataset("x", groups, LENGTH, pack=pack)
+        assert HeldOut(data, sft_loss(GRAPH, remat="none"), 4).losses(PARAMS) == by_token
 
 
 def test_trajectories_of_one_window_have_no_late_ones() -> None:

@@ -18,6 +18,13 @@ MOST_SEGMENTS = 128
 """Segments of a row at most: a GPU sets aside room for as many, whatever a row has."""
 
 
+def segment_starts(segments: Int[Array, "b t"]) -> Int[Array, "b t"]:
+    """Where in its row each token's segment begins."""
+    positions = jnp.arange(segments.shape[1])
+    begins = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    return jax.lax.cummax(jnp.where(begins, positions, 0), axis=1)
+
+
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["prefix_lengths", "lengths", "positions", "segments"],

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
+from klong_jax.core.errors import UserError
 from klong_jax.kernels.attention.mask import MOST_SEGMENTS, SAVED
-from klong_jax.kernels.backend import on_hopper
+from klong_jax.kernels.backend import device_kind, on_hopper, platform
 
 Heads = Float[Array, "b t h d"]
 Keys = Float[Array, "b t k d"]
@@ -41,7 +42,17 @@ def attention(
     scale: float,
     flash: ModuleType | Any,
 ) -> Heads:
-    """Attends; zeros where a token belongs to no segment."""
+    """Attends; zeros where a token belongs to no segment.
+
+    Raises:
+        UserError: The GPU is none that cuDNN packs on.
+    """
+    if platform() == "gpu" and not takes(query):
+        raise UserError(
+            f"attention: backend gpu takes windows that share a row on Hopper GPUs only, and less "
+            f"than 2**31 numbers of queries, not {query.shape} on {device_kind()}; leave the "
+            "choice of the backend free, or pack no windows."
+        )
     return _attend(query, key, value, segments, flash, causal, scale)
 
 

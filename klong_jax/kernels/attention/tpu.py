@@ -19,7 +19,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_kernel im
 from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
 from jaxtyping import Array, Bool, Float, Int
 
-from klong_jax.kernels.attention.mask import SAVED, WindowMask
+from klong_jax.kernels.attention.mask import SAVED, WindowMask, segment_starts
 
 _LANES = 128
 _MOST_QUERIES, _MOST_KEYS, _MOST_KEYS_AT_ONCE = 512, 1024, 512
@@ -50,7 +50,10 @@ def attention(
     pad_q, pad_kv = -length % block_q, -keys % block_kv
     positions = mask.query_positions(length)
     last = mask.prefix + positions if mask.causal else jnp.full(length, keys - 1)
-    first = None if mask.segments is None else _first_keys(mask.segments)[positions]
+    first = None
+    if mask.segments is not None:
+        # Blocks are the same for all rows: from the first key that any of them needs.
+        first = segment_starts(mask.segments).min(axis=0)[positions]
     kernel = _kernel(
         jnp.pad(last, (0, pad_q)),
         None if first is None else jnp.pad(first, (0, pad_q), constant_values=keys - 1),
@@ -136,13 +139,6 @@ def _kernel(
 
 def _sees(last: Int[Array, "q k"], key: Int[Array, "q k"]) -> Bool[Array, "q k"]:
     return key <= last
-
-
-def _first_keys(segments: Int[Array, "b t"]) -> Int[Array, "t"]:
-    """The first key that any row's query at a position sees: where its segment begins."""
-    positions = jnp.arange(segments.shape[1])
-    begins = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)), constant_values=True)
-    return jax.lax.cummax(jnp.where(begins, positions, 0), axis=1).min(axis=0)
 
 
 def _segment_ids(mask: WindowMask, batch: int, length: int, keys: int) -> SegmentIds | None:
