@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Bool
 
 from klong_jax.core.trajectory import Window
-from klong_jax.kernels.attention import MOST_SEGMENTS
+from klong_jax.kernels.limits import MOST_SEGMENTS
 from klong_jax.parallel.rules import array_sharding, rounded_up, spread
 from klong_jax.splitting.packing import pack
 

@@ -76,6 +76,7 @@ def test_the_reference_policy_sees_each_window_alone() -> None:
     refer = make_refer(graph, params, 0.7)
     seen = 0
     for batch in map(refer, lay_out(CHATS, [1.0] * len(CHATS), PACKED)):
+        batch = jax.tree.map(np.asarray, batch)
         assert isinstance(batch, WindowBatch)
         for row, number in np.ndindex(len(batch.segments), int(batch.segments.max())):
             here = np.asarray(batch.segments[row] == number + 1)

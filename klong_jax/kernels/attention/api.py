@@ -47,8 +47,8 @@ def attention(
         prefix_lengths: How many of the first s - t keys a row has; all if None.
         lengths: How many of the t window tokens a row has; all if None.
         segments: Which of the windows that share a row each token belongs to: 1 from the row's
-            first token on, then 2, and so on to MOST_SEGMENTS, and 0 behind the last; a query sees
-            its own only. One window a row if None.
+            first token on, then 2, and so on up to kernels.limits.MOST_SEGMENTS, and 0 behind the
+            last; a query sees its own only. One window a row if None.
         causal: A query sees the window up to itself, not all of it.
         scale: What scores are multiplied with; d ** -0.5 if None.
         backend: One of BACKENDS; chosen by platform and shape if None.

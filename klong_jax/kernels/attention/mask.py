@@ -14,9 +14,6 @@ from jaxtyping import Array, Bool, Float, Int
 SAVED = "attended"
 """Name of what attention keeps for its backward pass, to policies of rematerialisation."""
 
-MOST_SEGMENTS = 128
-"""Segments of a row at most: a GPU sets aside room for as many, whatever a row has."""
-
 
 def segment_starts(segments: Int[Array, "b t"]) -> Int[Array, "b t"]:
     """Where in its row each token's segment begins."""

@@ -14,8 +14,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from klong_jax.core.errors import UserError
-from klong_jax.kernels.attention.mask import MOST_SEGMENTS, SAVED
+from klong_jax.kernels.attention.mask import SAVED
 from klong_jax.kernels.backend import device_kind, on_hopper, platform
+from klong_jax.kernels.limits import MOST_SEGMENTS
 
 Heads = Float[Array, "b t h d"]
 Keys = Float[Array, "b t k d"]
