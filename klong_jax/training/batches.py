@@ -111,7 +111,7 @@ def _trained_end(window: Window) -> int:
 
 
 def micro_batches(batch: WindowBatch, rows: int) -> Iterator[WindowBatch]:
-    """Cuts a batch into micro-batches of `rows` windows; the last is filled with empty ones.
+    """Cuts a batch into micro-batches of `rows` rows; the last is filled with empty ones.
 
     On a mesh rows are rounded up to what its devices share evenly.
     """
@@ -141,9 +141,9 @@ class Layout:
     """How groups of windows become micro-batches of few fixed shapes.
 
     Attributes:
-        length: Tokens a window is padded to.
-        rows: Windows, or groups that share a prefix, of a micro-batch; on a mesh rounded up to what
-            its devices share evenly.
+        length: Tokens of a row.
+        rows: Rows of windows, or groups that share a prefix, of a micro-batch; on a mesh rounded up
+            to what its devices share evenly.
         shared: Tokens at the front of a group's windows that are computed once; 0 computes every
             window whole, as is done with groups whose pinned prefix is shorter.
         trained: Whether a token of a shared prefix may be trained.
