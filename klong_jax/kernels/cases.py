@@ -48,7 +48,7 @@ class Case:
 
 
 def attention_cases() -> Iterator[Case]:
-    """A window on itself, and half as long a one on a prefix and itself."""
+    """A window on itself, half as long a one on a prefix and itself, and windows in one row."""
     large = platform() != "cpu"
     heads, kv_heads, width = (16, 8, 128) if large else (4, 2, 32)
     side = 8192 if large else 1024
@@ -65,6 +65,27 @@ def attention_cases() -> Iterator[Case]:
                 flops = 4 * heads * width * pairs * (3.5 if backward else 1)
                 shape = f"{window} on {keys}"
                 yield _case(shape, attention, (query, key, value), flops, backward, limit, others)
+        query = _normal((1, keys, heads, width), 0)
+        key, value = (_normal((1, keys, kv_heads, width), seed) for seed in (1, 2))
+        yield from _packed_cases(query, key, value, limit)
+
+
+def _packed_cases(query: Array, key: Array, value: Array, limit: Work) -> Iterator[Case]:
+    """A window that fills its row, and sixteen that share it."""
+    _, tokens, heads, width = query.shape
+    for windows in (1, 16):
+        length = tokens // windows
+        packed = partial(attention, segments=1 + jnp.arange(tokens)[None] // length)
+        peers = {"a row each": partial(_a_row_each, windows)}
+        for backward in (False, True):
+            flops = 2 * heads * width * tokens * (length + 1) * (3.5 if backward else 1)
+            shape = f"{windows} packed in {tokens}"
+            yield _case(shape, packed, (query, key, value), flops, backward, limit, peers)
+
+
+def _a_row_each(windows: int, *arrays: Array) -> Array:
+    query, key, value = (x.reshape(windows, -1, *x.shape[2:]) for x in arrays)
+    return attention(query, key, value).reshape(arrays[0].shape)
 
 
 def _attention_peers(window: int, keys: int) -> dict[str, Callable[..., Array]]:

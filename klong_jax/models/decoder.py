@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from klong_jax.kernels.attention import attention, cached_attention
+from klong_jax.kernels.attention import attention, cached_attention, segment_starts
 from klong_jax.models.block import Block, Load
 from klong_jax.models.config import DecoderConfig, DTypes, Remat
 from klong_jax.models.experts import Counted
@@ -91,6 +91,7 @@ class Decoder(nnx.Module):
         remat: Remat = "full",
         scan: bool = True,
         counted: Counted = None,
+        segments: Int[Array, "b t"] | None = None,
     ) -> Forward:
         """Runs over whole windows, or over what follows a prefix that was run before.
 
@@ -102,9 +103,14 @@ class Decoder(nnx.Module):
             remat: What each layer keeps for the backward pass.
             scan: Whether layers are one compiled loop, or each is compiled.
             counted: Which tokens the experts' load counts; all if None.
+            segments: Which of the windows that share a row each token belongs to, as attention
+                takes them: each sees itself alone, and its positions count from 0. One window a row
+                if None.
         """
         start = 0 if past is None else past[0].shape[2]
         positions = jnp.broadcast_to(start + jnp.arange(tokens.shape[1]), tokens.shape)
+        if segments is not None:
+            positions -= segment_starts(segments)
         hidden, loads, kept = self._embed(tokens), None, []
         for graph, layers, numbers in self._stacks():
 
@@ -117,7 +123,7 @@ class Decoder(nnx.Module):
                 block = nnx.merge(graph, state)
                 query, *own = block.project(hidden, positions)
                 seen = own if before is None else map(_after, before, own)
-                attended = attention(query, *seen)
+                attended = attention(query, *seen, segments=segments)
                 hidden, load = block.finish(hidden, attended, counted)
                 return hidden, (load, (own[0], own[1]) if keep else None)
 

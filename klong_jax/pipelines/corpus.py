@@ -17,20 +17,22 @@ from klong_jax.splitting.stats import CorpusStats, Spread, TrainedByPosition, co
 _MODELS = ("qwen3_0_6b", "qwen3_8b")
 
 
-def stats_document(plans: Sequence[TrajectoryPlan]) -> dict[str, Any]:
+def stats_document(plans: Sequence[TrajectoryPlan], limit: int) -> dict[str, Any]:
     """The statistics as a JSON object."""
-    stats = corpus_stats(plans)
+    stats = corpus_stats(plans, limit)
     return {
         **asdict(stats),
         "trained_share": stats.trained_share,
         "prefix_share": stats.prefix_share,
+        "padding_share": stats.padding_share,
+        "packed_padding_share": stats.packed_padding_share,
         "prefix_sharing_speedup": {name: sharing_speedup(plans, name) for name in _MODELS},
     }
 
 
-def stats_table(plans: Sequence[TrajectoryPlan]) -> Table:
+def stats_table(plans: Sequence[TrajectoryPlan], limit: int) -> Table:
     """The statistics as a table, a quantity a row."""
-    stats = corpus_stats(plans)
+    stats = corpus_stats(plans, limit)
     table = Table(title=f"{stats.trajectories} trajectories")
     table.add_column("")
     for name in ("in all", "median", "p90", "largest"):
@@ -47,9 +49,14 @@ def stats_table(plans: Sequence[TrajectoryPlan]) -> Table:
     for label, share in _shares(stats).items():
         table.add_row(label, share)
     table.add_section()
+    table.add_row(f"padding in rows of {limit:,}, one window each", f"{stats.padding_share:.1%}")
+    table.add_row("padding if short windows share rows", f"{stats.packed_padding_share:.1%}")
+    table.add_section()
     for name in _MODELS:
         table.add_row(f"prefix sharing, {name}", f"{sharing_speedup(plans, name):.2f}x")
     table.caption = (
+        "padding: its share of the positions that training computes, with all windows laid out at "
+        "once; a step packs its own\n"
         "prefix sharing: operations of training with the pinned prefix computed in every window, "
         "over those with it computed once a trajectory; counted, not measured"
     )
@@ -69,10 +76,14 @@ def sharing_speedup(plans: Sequence[TrajectoryPlan], model: str) -> float:
 
 
 def draw_corpus(
-    path: Path, source: Path, plans: Sequence[TrajectoryPlan], trained: TrainedByPosition
+    path: Path,
+    source: Path,
+    plans: Sequence[TrajectoryPlan],
+    limit: int,
+    trained: TrainedByPosition,
 ) -> None:
     """Draws the corpus into an .svg file, or into a page around the drawings."""
-    stats = corpus_stats(plans)
+    stats = corpus_stats(plans, limit)
     figures = CorpusFigures(
         title=f"{source.name}: {stats.trajectories} trajectories, {stats.windows.total} windows",
         sentence=(

@@ -157,7 +157,8 @@ class _Recipe:
             if section.conversations and section.steps:
                 first = self.config.seed * 1_000_000
                 seeds = range(first, first + section.conversations)
-                data = sft_pipeline.drill_windows(name, chat, map(make, seeds), section)
+                conversations = map(make, seeds)
+                data = sft_pipeline.drill_windows(name, chat, conversations, section, pack=sft.pack)
                 # As many tokens a gradient call as with windows, in calls of one size.
                 tokens = sft.micro_batch * self.context.limit
                 calls = math.ceil(section.batch * section.length / tokens)
@@ -180,6 +181,7 @@ class _Recipe:
             together=sft.together,
             shared_prefix=sft.shared_prefix,
             rows_share=sft_pipeline.rows_share(sft),
+            pack=sft.pack,
         )
         phases.append(Phase(data, sft.steps, sft.batch, sft.micro_batch))
         policy = sft_pipeline.train(

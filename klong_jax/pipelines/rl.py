@@ -127,7 +127,10 @@ async def train(
         rollouts=section.rollouts,
         tokens_per_rollout=section.tokens_per_rollout,
         layout=Layout(
-            config.splitting.context_limit, section.micro_batch, (section.shared_prefix,)
+            config.splitting.context_limit,
+            section.micro_batch,
+            (section.shared_prefix,),
+            pack=section.pack,
         ),
         seed=config.seed,
     )

@@ -75,9 +75,12 @@ def run(config: SftConfig) -> None:
                 together=config.sft.together,
                 shared_prefix=config.sft.shared_prefix,
                 rows_share=rows_share(config.sft),
+                pack=config.sft.pack,
             )
         )
-        judges = together(lambda: heldout_windows(config.data, tokeniser, cache, console))
+        judges = together(
+            lambda: heldout_windows(config.data, tokeniser, cache, console, pack=config.sft.pack)
+        )
         phase = Phase(data, config.sft.steps, config.sft.batch, config.sft.micro_batch)
         train(folder.path / "sft", policy, [phase], config.sft, config.seed, console, judges)
         console.print(f"policy in {folder.path / 'sft'}", markup=False)
@@ -186,8 +189,18 @@ def drill_windows(
     chat: Dialect,
     conversations: Iterable[tuple[Message, ...]],
     section: DrillSection,
+    *,
+    pack: bool,
 ) -> WindowDataset:
-    """Short conversations as windows of their own; those longer than the section's length go."""
+    """Short conversations as windows of their own; those longer than the section's length go.
+
+    Args:
+        name: For logs.
+        chat: How they are written.
+        conversations: The conversations.
+        section: The length of a row.
+        pack: Whether several share a row.
+    """
     context = ContextPolicy(limit=1 << 20, overlap=0, reserve=1)
     windows = [
         window
@@ -195,4 +208,5 @@ def drill_windows(
         for window in windows_of(chat, messages, 0, context, name)
         if len(window.tokens) <= section.length
     ]
-    return WindowDataset(name, tuple((window,) for window in windows), section.length)
+    groups = tuple((window,) for window in windows)
+    return WindowDataset(name, groups, section.length, pack=pack)

@@ -44,7 +44,8 @@ def run(config: SplitConfig) -> None:
     chat = make_dialect(config.tokenizer, tokenizer)
     plans: list[TrajectoryPlan] = []
     skipped: list[str] = []
-    trained = TrainedByPosition(config.splitting.context_limit)
+    limit = config.splitting.context_limit
+    trained = TrainedByPosition(limit)
     for recording, made in _split_all(config, chat, console, skipped):
         plan = _plan(chat, recording, made)
         if config.windows:
@@ -56,7 +57,7 @@ def run(config: SplitConfig) -> None:
     if not plans:
         raise UserError(f"{config.data.path}: holds no usable trajectory; check the file.")
     if config.stats:
-        console.print(stats_table(plans))
+        console.print(stats_table(plans, limit))
     else:
         _print(console, plans)
     _print_remarks(console, plans)
@@ -68,7 +69,7 @@ def run(config: SplitConfig) -> None:
     if config.windows:
         console.print(f"windows written to {config.windows}", markup=False)
     if config.plot:
-        draw_corpus(config.plot, config.data.path, plans, trained)
+        draw_corpus(config.plot, config.data.path, plans, limit, trained)
         console.print(f"plot written to {config.plot}", markup=False)
 
 
@@ -200,7 +201,9 @@ def _document(
     return {
         "source": str(config.data.path),
         **config.splitting.model_dump(),
-        **({"stats": stats_document(plans)} if config.stats else {}),
+        **(
+            {"stats": stats_document(plans, config.splitting.context_limit)} if config.stats else {}
+        ),
         "trajectories": [plan.to_json() for plan in plans],
         "skipped": skipped,
     }

@@ -82,6 +82,7 @@ def tokenised_windows(
     together: int = 1,
     shared_prefix: int | Literal["auto"] = 0,
     rows_share: float = 1.0,
+    pack: bool = False,
 ) -> WindowDataset:
     """The windows of recordings.
 
@@ -95,6 +96,7 @@ def tokenised_windows(
         together: Most windows of one trajectory that make a group.
         shared_prefix: Tokens at the front of a group's windows that are computed once.
         rows_share: Rows of a micro-batch that may stay empty, as a share of a step's groups.
+        pack: Whether short windows share a row.
 
     Raises:
         UserError: A recording cannot be used and is not to be passed over, the cache is spoilt, or
@@ -135,12 +137,18 @@ def tokenised_windows(
         shared=shared,
         prefix_trained=bool(shared) and any(part.trains_before(shared[-1]) for part in parts),
         whole=bool(left),
+        pack=pack,
         mixture=mixture,
     )
 
 
 def heldout_windows(
-    data: TokenisedDataSection, tokeniser: Tokeniser, cache: Path, console: Console
+    data: TokenisedDataSection,
+    tokeniser: Tokeniser,
+    cache: Path,
+    console: Console,
+    *,
+    pack: bool = False,
 ) -> WindowDataset | None:
     """The windows of the recordings that are not trained on, a trajectory a group, if any are.
 
@@ -151,7 +159,7 @@ def heldout_windows(
         return None
     corpus = _corpus(data.heldout, data, tokeniser, cache, console)
     groups = CorpusGroups(corpus, tokeniser.marked, sys.maxsize)
-    return WindowDataset("held out", groups, tokeniser.policy.limit)
+    return WindowDataset("held out", groups, tokeniser.policy.limit, pack=pack)
 
 
 def _corpus(

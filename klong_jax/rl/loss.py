@@ -64,7 +64,7 @@ def _surrogate(
         hidden / config.temperature, embedding, jnp.asarray(targets.tokens)
     )
     mask = targets.trained
-    advantage = targets.weight[:, None]
+    advantage = targets.token_weight
     proximal = jax.lax.stop_gradient(logprobs)
     mismatch = mask * (proximal - targets.behaviour_logprobs)
     importance = jnp.minimum(jnp.exp(mismatch), config.importance_cap)

@@ -15,6 +15,7 @@ from klong_jax.training.accumulate import Trainer, TrainState
 from klong_jax.training.batches import Layout, lay_out
 from klong_jax.training.checkpoint import Checkpoints
 from klong_jax.training.metrics import MetricsLog
+from klong_jax.training.throughput import padding_share
 
 
 @dataclass(frozen=True)
@@ -73,9 +74,11 @@ async def run_rl(
         batch = await collect(state.params, position, int(state.step))
         logs: dict[str, float] = {}
         if batch.rollouts:
-            micro = map(refer, lay_out(batch.rollouts, batch.advantages, config.layout))
+            micro = list(lay_out(batch.rollouts, batch.advantages, config.layout))
+            padding = padding_share(micro)
             planned = config.groups * config.rollouts * config.tokens_per_rollout
-            state, logs = trainer.step(state, micro, planned)
+            state, logs = trainer.step(state, map(refer, micro), planned)
+            logs["padding_share"] = padding
         else:
             # Nothing to learn from a step whose rollouts all scored alike; time still passes.
             state = TrainState(state.params, state.opt_state, state.step + 1)

@@ -36,6 +36,7 @@ class WindowDataset:
             longest that its pinned prefix has; shortest first.
         prefix_trained: Whether any of these tokens is trained.
         whole: Whether the pinned prefix of any group has none.
+        pack: Whether short windows share a row.
         mixture: In which order groups of several sources are drawn, whose groups stand end to end;
             of one source, each epoch has an order of its own.
     """
@@ -46,6 +47,7 @@ class WindowDataset:
     shared: tuple[int, ...] = ()
     prefix_trained: bool = True
     whole: bool = True
+    pack: bool = False
     mixture: Mixture | None = None
 
     def __post_init__(self) -> None:
@@ -54,7 +56,14 @@ class WindowDataset:
 
     def layout(self, rows: int) -> Layout:
         """How its batches are laid out: the same shapes for all of them."""
-        return Layout(self.length, rows, self.shared, self.prefix_trained, whole=self.whole)
+        return Layout(
+            self.length,
+            rows,
+            self.shared,
+            self.prefix_trained,
+            whole=self.whole,
+            pack=self.pack,
+        )
 
     def batch(self, position: int, size: int, seed: int) -> list[Group]:
         """The groups from `position` on.

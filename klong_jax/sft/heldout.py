@@ -17,10 +17,19 @@ from klong_jax.core.trajectory import Window
 from klong_jax.models.decoder import Decoder, Params
 from klong_jax.sft.data import WindowDataset
 from klong_jax.sft.loss import token_losses
-from klong_jax.training.batches import WindowBatch, micro_batches, pad_windows, place_batch
+from klong_jax.training.batches import (
+    Group,
+    WindowBatch,
+    micro_batches,
+    packed_spots,
+    place_batch,
+)
 
 _LOSS_FROM, _TOKENS_FROM = "heldout_loss_from_", "heldout_tokens_from_"
 _BINS = 64  # as many as a position has bits
+
+_TOGETHER = 64
+"""Windows that are judged together, at least: enough to fill rows, few enough to hold."""
 
 
 class HeldOut:
@@ -32,7 +41,7 @@ class HeldOut:
         Args:
             data: The recordings; each group is a whole trajectory.
             graph: The decoder.
-            rows: Windows a call.
+            rows: Rows a call.
         """
         loss = token_losses(graph)
 
@@ -40,7 +49,7 @@ class HeldOut:
         def each(params: Params, batch: WindowBatch) -> Float[Array, "b t"]:
             return loss(params, batch)[1]["token_losses"]
 
-        self._data, self._rows, self._each = data, rows, each
+        self._data, self._layout, self._each = data, data.layout(rows), each
 
     def losses(self, params: Params) -> dict[str, float]:
         """Nats a trained token, of all and of some.
@@ -52,9 +61,11 @@ class HeldOut:
             of their trajectory's stream, and `heldout_tokens_from_N`, how many they are.
         """
         every, late = np.zeros((_BINS, 2)), np.zeros(2)
-        for group in self._data.groups:
-            half = -(-len(group) // 2)
-            for number, (window, losses) in enumerate(self._judged(params, group)):
+        for groups in self._chunks():
+            windows = [window for group in groups for window in group]
+            second = (2 * number >= len(group) for group in groups for number in range(len(group)))
+            judged = self._judged(params, windows)
+            for window, losses, later in zip(windows, judged, second, strict=True):
                 # Nothing predicts a first token.
                 place = np.flatnonzero(window.trained_mask[1:]) + 1
                 position = place + (window.end - len(window.tokens))
@@ -62,7 +73,7 @@ class HeldOut:
                 sums = np.zeros((_BINS, 2))
                 np.add.at(sums, bins, np.stack([losses[place - 1], np.ones(len(place))], axis=1))
                 every += sums
-                if number >= half:
+                if later:
                     late += sums.sum(axis=0)
         total, count = every.sum(axis=0)
         told = {"heldout_loss": float(total / count)}
@@ -74,14 +85,27 @@ class HeldOut:
             told[f"{_TOKENS_FROM}{2**power}"] = int(count)
         return told
 
-    def _judged(
-        self, params: Params, windows: Sequence[Window]
-    ) -> Iterator[tuple[Window, np.ndarray]]:
-        """Each window, and float64[t] of what its tokens lose at the places before their own."""
-        padded = pad_windows(windows, [1.0] * len(windows), self._data.length)
-        batches: Any = map(place_batch, micro_batches(padded, self._rows))
-        rows = (row for batch in batches for row in np.asarray(self._each(params, batch), float))
-        return zip(windows, rows, strict=False)  # behind the last come rows of padding
+    def _judged(self, params: Params, windows: Sequence[Window]) -> Iterator[np.ndarray]:
+        """Of each window float64[t]: what its tokens lose, at the places before their own."""
+        layout = self._layout
+        whole = layout.arrange(windows, [1.0] * len(windows))
+        batches = map(place_batch, micro_batches(whole, layout.rows))
+        rows = np.concatenate([np.asarray(self._each(params, batch)) for batch in batches])
+        if not layout.pack:
+            return (row.astype(float) for row in rows[: len(windows)])
+        spots = packed_spots(windows, layout.length)
+        return (rows[spot.row, spot.start : spot.stop].astype(float) for spot in spots)
+
+    def _chunks(self) -> Iterator[list[Group]]:
+        """Groups that are taken together."""
+        chunk: list[Group] = []
+        for group in self._data.groups:
+            chunk.append(group)
+            if sum(map(len, chunk)) >= _TOGETHER:
+                yield chunk
+                chunk = []
+        if chunk:
+            yield chunk
 
 
 def losses_by_position(row: Mapping[str, Any]) -> tuple[tuple[int, float, int], ...]:

@@ -34,7 +34,7 @@ def token_losses(graph: nnx.GraphDef[Decoder]) -> WindowLoss:
 def _cross_entropy(
     hidden: Float[Array, "b t w"], embedding: Float[Array, "v w"], targets: WindowBatch
 ) -> Summed:
-    weights = jnp.asarray(targets.trained * targets.weight[:, None])
+    weights = jnp.asarray(targets.trained * targets.token_weight)
     out = linear_cross_entropy(hidden, embedding, jnp.asarray(targets.tokens), weights)
     return out.weighted_sum, {"entropy": jnp.sum(weights * out.entropies)}
 
@@ -42,7 +42,7 @@ def _cross_entropy(
 def _each_token(
     hidden: Float[Array, "b t w"], embedding: Float[Array, "v w"], targets: WindowBatch
 ) -> Summed:
-    weights = jnp.asarray(targets.trained * targets.weight[:, None])
+    weights = jnp.asarray(targets.trained * targets.token_weight)
     out = linear_cross_entropy(hidden, embedding, jnp.asarray(targets.tokens), weights)
     losses = constrain(-weights * out.logprobs, None, None)
     return out.weighted_sum, {"token_losses": losses}

@@ -12,7 +12,7 @@ from klong_jax.training.average import served_params
 from klong_jax.training.batches import lay_out
 from klong_jax.training.checkpoint import Checkpoints
 from klong_jax.training.metrics import MetricsLog
-from klong_jax.training.throughput import Meter
+from klong_jax.training.throughput import Meter, padding_share
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Phase:
         data: What is trained on.
         steps: Optimiser steps.
         batch: Groups of windows a step.
-        micro_batch: Windows, or groups that share a prefix, a gradient call.
+        micro_batch: Rows of windows, or groups that share a prefix, a gradient call.
     """
 
     data: WindowDataset
@@ -75,7 +75,7 @@ def run_sft(
             windows = [window for group in groups for window in group]
             trained = sum(int(window.trained_mask.sum()) for window in windows)
             layout = phase.data.layout(phase.micro_batch)
-            batches = lay_out(groups, [1.0] * len(groups), layout)
+            batches = list(lay_out(groups, [1.0] * len(groups), layout))
             waited = time.monotonic() - started
             state, logs = trainer.step(state, batches, trained)
             seconds = time.monotonic() - started
@@ -91,6 +91,7 @@ def run_sft(
                 "phase": phase.data.name,
                 "windows": len(windows),
                 "trained_tokens": trained,
+                "padding_share": padding_share(batches),
                 **logs,
                 **judged,
                 "seconds": seconds,

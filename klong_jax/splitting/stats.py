@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from klong_jax.core.trajectory import Window
+from klong_jax.kernels.limits import MOST_SEGMENTS
+from klong_jax.splitting.packing import pack
 from klong_jax.splitting.plan import TrajectoryPlan
 
 
@@ -43,6 +45,8 @@ class CorpusStats:
         tokens: Tokens of a trajectory, each counted once.
         windows: Windows of a trajectory.
         window_tokens: Tokens of a window.
+        rows_of: Tokens that a row of a batch has.
+        packed_rows: How many rows the windows take if short ones share them.
         prefix_tokens: Pinned tokens, counted in every window.
         faded_tokens: Tokens left out of environment texts that windows carry over.
         trained_tokens: Tokens that are trained.
@@ -58,6 +62,8 @@ class CorpusStats:
     tokens: Spread
     windows: Spread
     window_tokens: Spread
+    rows_of: int
+    packed_rows: int
     prefix_tokens: int
     faded_tokens: int
     trained_tokens: int
@@ -66,6 +72,16 @@ class CorpusStats:
     dropped_turns: int
     dropped_tokens: int
     untrained_tokens: int
+
+    @property
+    def padding_share(self) -> float:
+        """Padding of all computed positions if each window has a row of its own."""
+        return 1 - self.window_tokens.total / (self.windows.total * self.rows_of)
+
+    @property
+    def packed_padding_share(self) -> float:
+        """The same if short windows share rows."""
+        return 1 - self.window_tokens.total / (self.packed_rows * self.rows_of)
 
     @property
     def trained_share(self) -> float:
@@ -78,8 +94,8 @@ class CorpusStats:
         return self.prefix_tokens / self.window_tokens.total
 
 
-def corpus_stats(plans: Sequence[TrajectoryPlan]) -> CorpusStats:
-    """Sums up at least one plan."""
+def corpus_stats(plans: Sequence[TrajectoryPlan], limit: int) -> CorpusStats:
+    """Sums up at least one plan, made for a context of so many tokens."""
     windows = [window for plan in plans for window in plan.windows]
     trained = sum(plan.trained_tokens for plan in plans)
     return CorpusStats(
@@ -88,6 +104,8 @@ def corpus_stats(plans: Sequence[TrajectoryPlan]) -> CorpusStats:
         tokens=Spread.of(plan.stream_tokens for plan in plans),
         windows=Spread.of(len(plan.windows) for plan in plans),
         window_tokens=Spread.of(window.length for window in windows),
+        rows_of=limit,
+        packed_rows=len(pack([window.length for window in windows], limit, MOST_SEGMENTS)),
         prefix_tokens=sum(window.prefix_tokens for window in windows),
         faded_tokens=sum(window.faded_tokens for window in windows),
         trained_tokens=trained,

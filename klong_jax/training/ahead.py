@@ -65,7 +65,7 @@ def compile_step(
     Yields:
         Each program; what follows a refused forward pass of the prefix is left out.
     """
-    windows = abstract_batch(layout.rows, layout.length)
+    windows = _abstract(layout.arrange((), ()), layout.rows)
     total = placed(jax.eval_shape(trainer.start, state.params, windows))
     kept = device_bytes((state.opt_state, state.step))
     if layout.whole or not any(layout.shared):
@@ -87,8 +87,8 @@ def _shared(
     compiler: Callable[[Any], C],
 ) -> Iterator[StepProgram[C]]:
     shared, params = trainer.shared, state.params
-    prefix = abstract_batch(layout.rows, length)
-    window = abstract_batch(layout.rows, layout.length - length)
+    prefix = _abstract(pad_windows((), (), length), layout.rows)
+    window = _abstract(pad_windows((), (), layout.length - length), layout.rows)
     lowered = shared.read.lower(params, prefix, trained=layout.trained)
     read = compiler(lowered)
     yield StepProgram("read", read, kept + device_bytes(total))
@@ -108,8 +108,8 @@ def _shared(
     yield StepProgram("back", compiler(lowered), kept + device_bytes(before))
 
 
-def abstract_batch(rows: int, length: int) -> WindowBatch:
-    """The shapes of a micro-batch of windows and where they live on the active mesh."""
+def _abstract(batch: WindowBatch, rows: int) -> WindowBatch:
+    """The shapes of a micro-batch of so many rows like these, and where they live on the mesh."""
     rows = rounded_up(rows, "batch")
 
     def shape(value: Any) -> Any:
@@ -117,8 +117,8 @@ def abstract_batch(rows: int, length: int) -> WindowBatch:
         where = array_sharding(whole, ("batch", "length")[: value.ndim])
         return _shape(whole, value.dtype, where)
 
-    batch: WindowBatch = jax.tree.map(shape, pad_windows((), (), length))
-    return batch
+    shapes: WindowBatch = jax.tree.map(shape, batch)
+    return shapes
 
 
 def device_bytes(tree: Any) -> int:

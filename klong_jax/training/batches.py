@@ -2,16 +2,19 @@
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool
 
 from klong_jax.core.trajectory import Window
+from klong_jax.kernels.limits import MOST_SEGMENTS
 from klong_jax.parallel.rules import array_sharding, rounded_up, spread
+from klong_jax.splitting.packing import pack
 
 Group = tuple[Window, ...]
 """Windows of one trajectory that are trained together; they begin with the same pinned prefix."""
@@ -19,7 +22,14 @@ Group = tuple[Window, ...]
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["tokens", "trained", "behaviour_logprobs", "reference_logprobs", "weight"],
+    data_fields=[
+        "tokens",
+        "trained",
+        "behaviour_logprobs",
+        "reference_logprobs",
+        "weight",
+        "segments",
+    ],
     meta_fields=[],
 )
 @dataclass(frozen=True)
@@ -31,7 +41,10 @@ class WindowBatch:
         trained: float32[b, s], 1 where the token is trained.
         behaviour_logprobs: float32[b, s] of the policy that sampled.
         reference_logprobs: float32[b, s] of the reference policy; zero where there is none.
-        weight: float32[b], the window's weight: 1 in SFT, the advantage in RL.
+        weight: float32[b], the window's weight: 1 in SFT, the advantage in RL; float32[b, s], that
+            of the token's window, where windows share rows.
+        segments: int32[b, s], which of its row's windows a token belongs to: 1, 2, ... in their
+            order, and 0 where padded; None where no windows share rows.
     """
 
     tokens: Any
@@ -39,39 +52,91 @@ class WindowBatch:
     behaviour_logprobs: Any
     reference_logprobs: Any
     weight: Any
+    segments: Any = None
+
+    @property
+    def token_weight(self) -> Any:
+        """The weight that a token has from its window: float32[b, 1] or float32[b, s]."""
+        return self.weight[:, None] if self.segments is None else self.weight
 
 
 def pad_windows(windows: Sequence[Window], weights: Sequence[float], length: int) -> WindowBatch:
     """Lays windows out as rows of `length` tokens."""
-    rows = len(windows)
-    batch = WindowBatch(
+    batch = _empty(len(windows), length, np.asarray(weights, np.float32))
+    for row, window in enumerate(windows):
+        _write(batch, row, 0, window, len(window.tokens))
+    return batch
+
+
+def pack_windows(windows: Sequence[Window], weights: Sequence[float], length: int) -> WindowBatch:
+    """Lays windows out one behind another in rows of `length` tokens, each as far as it is trained.
+
+    What stands behind a window's last trained token has no part in its loss or its gradient.
+    """
+    spots = packed_spots(windows, length)
+    rows = 1 + max((spot.row for spot in spots), default=0)
+    batch = _empty(rows, length, np.zeros((rows, length), np.float32))
+    batch = replace(batch, segments=np.zeros((rows, length), np.int32))
+    for window, weight, (row, start, stop, number) in zip(windows, weights, spots, strict=True):
+        _write(batch, row, start, window, stop - start)
+        batch.weight[row, start:stop] = weight
+        batch.segments[row, start:stop] = number
+    return batch
+
+
+class Spot(NamedTuple):
+    """Where a window, as far as it is laid out, stands: its row, its columns, its segment there."""
+
+    row: int
+    start: int
+    stop: int
+    segment: int
+
+
+def packed_spots(windows: Sequence[Window], length: int) -> list[Spot]:
+    """Where `pack_windows` puts each window."""
+    ends = [_trained_end(window) for window in windows]
+    spots = [Spot(0, 0, 0, 0)] * len(windows)
+    for row, members in enumerate(pack(ends, length, MOST_SEGMENTS)):
+        start = 0
+        for segment, member in enumerate(members, 1):
+            stop = start + ends[member]
+            spots[member] = Spot(row, start, stop, segment)
+            start = stop
+    return spots
+
+
+def _empty(rows: int, length: int, weight: np.ndarray) -> WindowBatch:
+    return WindowBatch(
         tokens=np.zeros((rows, length), np.int32),
         trained=np.zeros((rows, length), np.float32),
         behaviour_logprobs=np.zeros((rows, length), np.float32),
         reference_logprobs=np.zeros((rows, length), np.float32),
-        weight=np.asarray(weights, np.float32),
+        weight=weight,
     )
-    for row, window in enumerate(windows):
-        end = len(window.tokens)
-        batch.tokens[row, :end] = window.tokens
-        batch.trained[row, :end] = window.trained_mask
-        batch.behaviour_logprobs[row, :end] = window.behaviour_logprobs
-    return batch
+
+
+def _write(batch: WindowBatch, row: int, start: int, window: Window, count: int) -> None:
+    """Puts the first tokens of a window into a row."""
+    stop = start + count
+    batch.tokens[row, start:stop] = window.tokens[:count]
+    batch.trained[row, start:stop] = window.trained_mask[:count]
+    batch.behaviour_logprobs[row, start:stop] = window.behaviour_logprobs[:count]
+
+
+def _trained_end(window: Window) -> int:
+    """How many tokens there are up to the last that is trained."""
+    return int(np.flatnonzero(window.trained_mask).max(initial=-1)) + 1
 
 
 def micro_batches(batch: WindowBatch, rows: int) -> Iterator[WindowBatch]:
-    """Cuts a batch into micro-batches of `rows` windows; the last is filled with empty ones.
+    """Cuts a batch into micro-batches of `rows` rows; the last is filled with empty ones.
 
     On a mesh rows are rounded up to what its devices share evenly.
     """
     total, rows = len(batch.tokens), rounded_up(rows, "batch")
     for start in range(0, total, rows):
-        missing = max(0, start + rows - total)
-        pieces = {}
-        for field in fields(WindowBatch):
-            piece = getattr(batch, field.name)[start : start + rows]
-            pieces[field.name] = np.pad(piece, ((0, missing), *((0, 0),) * (piece.ndim - 1)))
-        yield WindowBatch(**pieces)
+        yield _stack([_cut(batch, slice(start, start + rows), slice(None))], rows)
 
 
 @dataclass(frozen=True)
@@ -95,13 +160,14 @@ class Layout:
     """How groups of windows become micro-batches of few fixed shapes.
 
     Attributes:
-        length: Tokens a window is padded to.
-        rows: Windows, or groups that share a prefix, of a micro-batch; on a mesh rounded up to what
-            its devices share evenly.
+        length: Tokens of a row.
+        rows: Rows of windows, or groups that share a prefix, of a micro-batch; on a mesh rounded up
+            to what its devices share evenly.
         shared: Tokens at the front of a group's windows that are computed once: of these lengths
             the longest that its pinned prefix has. A group that has none is computed whole.
         trained: Whether a token of a shared prefix may be trained.
         whole: Whether there may be groups that have none.
+        pack: Whether short windows share a row; those of a group that shares a prefix never do.
     """
 
     length: int
@@ -109,10 +175,15 @@ class Layout:
     shared: tuple[int, ...] = ()
     trained: bool = True
     whole: bool = True
+    pack: bool = False
 
     def shared_by(self, group: Group) -> int:
         """How many tokens at the front of a group's windows are computed once."""
         return max((n for n in self.shared if n <= group[0].prefix_len), default=0)
+
+    def arrange(self, windows: Sequence[Window], weights: Sequence[float]) -> WindowBatch:
+        """Lays out windows that are computed whole."""
+        return (pack_windows if self.pack else pad_windows)(windows, weights, self.length)
 
 
 def lay_out(
@@ -133,7 +204,7 @@ def lay_out(
         for start in range(0, len(alike), rows):
             yield _shared(alike[start : start + rows], rows, shared, layout.trained)
     if alone:
-        whole = pad_windows([w for w, _ in alone], [weight for _, weight in alone], layout.length)
+        whole = layout.arrange([w for w, _ in alone], [weight for _, weight in alone])
         yield from micro_batches(whole, layout.rows)
 
 
@@ -168,9 +239,11 @@ def _stack(parts: Sequence[WindowBatch], rows: int) -> WindowBatch:
     return whole
 
 
-def real_tokens(trained: Float[Array, "b s"]) -> Bool[Array, "b s"]:
-    """Tokens up to the last that is trained; what follows in its row is padding."""
-    return jax.lax.cummax(trained, axis=1, reverse=True) > 0
+def real_tokens(batch: WindowBatch) -> Bool[Array, "b s"]:
+    """Tokens of each window up to the last that is trained; what follows is padding."""
+    if batch.segments is not None:
+        return jnp.asarray(batch.segments) > 0
+    return jax.lax.cummax(jnp.asarray(batch.trained), axis=1, reverse=True) > 0
 
 
 def place_batch(batch: Any) -> Any:

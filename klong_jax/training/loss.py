@@ -63,7 +63,8 @@ class WindowLoss:
             jnp.asarray(batch.tokens),
             remat=self.remat,
             scan=self.scan_layers,
-            counted=real_tokens(jnp.asarray(batch.trained)),
+            counted=real_tokens(batch),
+            segments=None if batch.segments is None else jnp.asarray(batch.segments),
         )
         value, logs = self.objective(out.hidden, decoder.output_embedding, next_tokens(batch))
         return value, _with_loads(logs, out.loads)
@@ -101,7 +102,7 @@ class WindowLoss:
             past=prefix.cache,
             remat=self.remat,
             scan=self.scan_layers,
-            counted=real_tokens(jnp.asarray(batch.trained)),
+            counted=real_tokens(batch),
         )
         # Each token is predicted by the hidden state before it, the first by the prefix's last.
         before = jnp.concatenate([prefix.last, out.hidden[:, :-1]], axis=1)
@@ -118,8 +119,12 @@ def next_tokens(batch: WindowBatch) -> WindowBatch:
     def shift(field: Array) -> Array:
         return jnp.pad(jnp.asarray(field)[:, 1:], ((0, 0), (0, 1)))
 
-    shifted: WindowBatch = jax.tree.map(shift, replace(batch, weight=None))
-    return replace(shifted, weight=batch.weight)
+    if batch.segments is None:
+        shifted: WindowBatch = jax.tree.map(shift, replace(batch, weight=None))
+        return replace(shifted, weight=batch.weight)
+    shifted = jax.tree.map(shift, batch)
+    # The last token of a window does not predict the first of the next one in its row.
+    return replace(shifted, trained=shifted.trained * (shifted.segments == batch.segments))
 
 
 def _with_loads(logs: Logs, loads: Loads) -> Logs:

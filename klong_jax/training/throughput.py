@@ -3,11 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from klong_jax.core.trajectory import Window
 from klong_jax.models.config import DecoderConfig
 from klong_jax.models.cost import forward_flops, prefix_sharing_flops
 from klong_jax.parallel.topology import CHIPS
-from klong_jax.training.batches import Group, Layout
+from klong_jax.training.batches import Group, Layout, SharedBatch, WindowBatch
 
 # Dense bf16 operations a second by the names that JAX gives devices. NVIDIA's are of the data
 # sheets of the SXM parts.
@@ -99,3 +101,27 @@ def fresh_tokens(window: Window) -> int:
         return len(window.tokens)
     first = int(window.trained_mask.argmax())
     return len(window.tokens) - first if window.trained_mask[first] else 0
+
+
+def padding_share(batches: Sequence[WindowBatch | SharedBatch]) -> float:
+    """The share of the positions of micro-batches, as they are on the host, that is padding.
+
+    As the experts' load counts them: what follows the last trained token of a window is padding.
+    """
+    computed = real = 0
+    for batch in batches:
+        if isinstance(batch, SharedBatch):
+            tokens = batch.prefix.tokens
+            computed += tokens.size
+            real += np.count_nonzero(batch.prefix.weight) * tokens.shape[1]
+        for part in batch.windows if isinstance(batch, SharedBatch) else (batch,):
+            computed += part.tokens.size
+            real += _real_count(part)
+    return 1 - real / computed
+
+
+def _real_count(batch: WindowBatch) -> int:
+    if batch.segments is not None:
+        return int(np.count_nonzero(batch.segments))
+    backwards = batch.trained[:, ::-1] > 0
+    return int(np.logical_or.accumulate(backwards, axis=1).sum())

@@ -1,6 +1,6 @@
 """Every backend of attention against the formula in float64, in value and gradient."""
 
-from functools import partial
+from functools import cache, partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -77,6 +77,69 @@ def test_stripes_of_several_blocks_equal_the_reference(window: int) -> None:
     assert_close(got, truth(arrays, cotangent), 1e-5)
 
 
+def in_segments(rows: list[list[int]], tokens: int) -> np.ndarray:
+    """Rows of windows of so many tokens, one behind another."""
+    numbers = [np.repeat(1 + np.arange(len(lengths)), lengths) for lengths in rows]
+    return np.stack([np.pad(each, (0, tokens - len(each))) for each in numbers]).astype(np.int32)
+
+
+PACKED = [[7, 1, 4], [10, 9], [], [24]]
+
+
+@cache
+def apart(causal: bool) -> list[np.ndarray]:
+    """Values and gradients of each window of a row taken alone; zeros where there is none."""
+    arrays, cotangent = inputs(4, 24, 24, 4, 2, 8)
+    whole = [np.zeros_like(x) for x in (cotangent, *arrays)]
+    for row, lengths in enumerate(PACKED):
+        for end, length in zip(np.cumsum(lengths), lengths, strict=True):
+            here = np.s_[row : row + 1, end - length : end]
+            alone = truth([x[here] for x in arrays], cotangent[here], causal=causal)
+            for into, one in zip(whole, alone, strict=True):
+                into[here] = one
+    return whole
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("backend", ["reference", "cpu", "gpu"])
+def test_windows_that_share_a_row_are_as_if_alone(backend: str, causal: bool) -> None:
+    arrays, cotangent = inputs(4, 24, 24, 4, 2, 8)
+    segments = in_segments(PACKED, 24)
+
+    def run(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+        if backend != "gpu":
+            options: dict[str, Any] = {"segments": segments, "causal": causal}
+            return attention(query, key, value, backend=backend, **options)
+        # What runs over cuDNN on a GPU, over the formulas of its calls.
+        mask = WindowMask(0, causal, segments=jnp.asarray(segments))
+        flash = SimpleNamespace(forward_packed=packed_forward, backward_packed=packed_backward)
+        return gpu.attention(query, key, value, mask, 8**-0.5, flash=flash)
+
+    got = value_and_gradients(run, arrays, cotangent, dtype="float64")
+    assert_close(got, apart(causal), 1e-12)
+    for one in got:
+        assert not one[segments == 0].any()
+
+
+@partial(jax.jit, static_argnums=0)
+def packed_step(backend: str, segments: jax.Array, cotangent: jax.Array, *arrays: Any) -> Any:
+    run = partial(attention, segments=segments, backend=backend)
+    out, pull = jax.vjp(run, *arrays)
+    return out, *pull(cotangent)
+
+
+@given(st.lists(st.lists(st.integers(1, 150), max_size=6), min_size=2, max_size=2))
+@settings(max_examples=25)
+def test_blocks_of_any_windows_in_a_row_equal_the_reference(rows: list[list[int]]) -> None:
+    arrays, cotangent = inputs(2, 300, 300, 2, 1, 8)
+    segments = np.concatenate([in_segments([row], sum(row) + 300)[:, :300] for row in rows])
+    with jax.enable_x64(True):
+        got, want = (
+            packed_step(backend, segments, cotangent, *arrays) for backend in ("cpu", "reference")
+        )
+    assert_close(list(map(np.asarray, got)), list(map(np.asarray, want)), 1e-12)
+
+
 RAGGED = {"lengths": np.asarray([130, 0, 77]), "prefix_lengths": np.asarray([0, 100, 170])}
 
 
@@ -89,10 +152,13 @@ RAGGED = {"lengths": np.asarray([130, 0, 77]), "prefix_lengths": np.asarray([0, 
         (130, 300, RAGGED),
         (130, 300, RAGGED | {"causal": False}),
         (130, 300, {"causal": False}),
+        (1500, 1500, {"segments": in_segments([[700, 3, 500], [300] * 5], 1500)}),
+        (200, 200, {"segments": in_segments([[30, 40], []], 200), "causal": False}),
     ],
 )
 def test_splash_equals_the_reference(window: int, keys: int, options: dict[str, Any]) -> None:
-    rows = 3 if options.get("lengths") is not None else 1
+    ragged = options.get("lengths", options.get("segments"))
+    rows = 1 if ragged is None else len(ragged)
     arrays, cotangent = inputs(rows, window, keys, 4, 2, 16)
     got = value_and_gradients(partial(interpreted, **options), arrays, cotangent, dtype="float32")
     assert_close(got, truth(arrays, cotangent, **options), 1e-5)
@@ -101,7 +167,8 @@ def test_splash_equals_the_reference(window: int, keys: int, options: dict[str, 
 def interpreted(
     query: jax.Array, key: jax.Array, value: jax.Array, *, scale: float | None = None, **mask: Any
 ) -> jax.Array:
-    seen = WindowMask(key.shape[1] - query.shape[1], **{"causal": True, **mask})
+    arrays = {name: jnp.asarray(each) for name, each in mask.items() if name != "causal"}
+    seen = WindowMask(key.shape[1] - query.shape[1], mask.get("causal", True), **arrays)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     return tpu.attention(query, key, value, seen, scale, interpret=True)
 
@@ -143,6 +210,44 @@ def flash_backward(
     d_key = grouped(jnp.einsum("bhts,bthd->bshd", d_scores, query))
     d_value = grouped(jnp.einsum("bhts,bthd->bshd", weights, d_out))
     return jnp.einsum("bhts,bshd->bthd", d_scores, keys), d_key, d_value
+
+
+def sequences(x: Any, where: Any) -> jax.Array:
+    """Sequences of packed rows, as cuDNN is told of them, each a row; and others' tokens behind."""
+    places = where.starts[:, :, None] + jnp.arange(x.shape[1])
+    taken = x[jnp.arange(x.shape[0])[:, None, None], jnp.minimum(places, x.shape[1] - 1)]
+    return taken.reshape(-1, *x.shape[1:])
+
+
+def in_rows(x: Any, where: Any, like: Any) -> jax.Array:
+    """The inverse; no number where no sequence writes."""
+    own = jnp.arange(like.shape[1])
+    places = jnp.where(own < where.lengths[:, :, None], where.starts[:, :, None] + own, own.size)
+    rows = jnp.broadcast_to(jnp.arange(like.shape[0])[:, None, None], places.shape)
+    values = x.reshape(*places.shape, *like.shape[2:])
+    return jnp.full_like(like, jnp.nan).at[rows, places].set(values, mode="drop")
+
+
+def real_queries(x: Any, where: Any) -> jax.Array:
+    return jnp.arange(x.shape[1]) < where.lengths.reshape(-1, 1)
+
+
+def packed_forward(query: Any, key: Any, value: Any, where: Any, causal: bool, scale: float) -> Any:
+    apart = (sequences(x, where) for x in (query, key, value))
+    out, totals = flash_forward(*apart, where.lengths.reshape(-1), causal, scale)
+    totals = jnp.where(real_queries(query, where)[:, None], totals, jnp.nan)
+    return in_rows(out, where, query), totals.reshape(*where.lengths.shape, *totals.shape[1:])
+
+
+def packed_backward(
+    query: Any, key: Any, value: Any, where: Any, causal: bool, scale: float,
+    totals: Any, out: Any, d_out: Any,
+) -> Any:  # fmt: skip
+    q, k, v, o, d_o = (sequences(x, where) for x in (query, key, value, out, d_out))
+    d_o = jnp.where(real_queries(query, where)[:, :, None, None], d_o, 0)
+    totals = totals.reshape(-1, *totals.shape[2:])
+    gradients = flash_backward(q, k, v, where.lengths.reshape(-1), causal, scale, totals, o, d_o)
+    return [in_rows(one, where, x) for one, x in zip(gradients, (query, key, value), strict=True)]
 
 
 @pytest.mark.parametrize("prefix", [0, 20])
@@ -207,7 +312,14 @@ def test_what_does_not_fit_is_said_in_a_sentence() -> None:
     arrays = [jnp.zeros(x.shape) for x in inputs(1, 4, 3, 2, 1, 4)[0]]
     with pytest.raises(UserError, match=r"at least as many keys as queries"):
         attention(*arrays)
+    with pytest.raises(UserError, match=r"no prefix before them and no lengths"):
+        attention(arrays[0][:, :3], *arrays[1:], lengths=jnp.ones(1), segments=jnp.ones((1, 3)))
     arrays = [jnp.zeros(x.shape) for x in inputs(1, 3, 3, 2, 1, 4)[0]]
+    with (
+        use_kernels(platform="gpu"),
+        pytest.raises(UserError, match=r"on Hopper GPUs only, .* not \(1, 3, 2, 4\) on cpu;"),
+    ):
+        attention(*arrays, segments=jnp.ones((1, 3)), backend="gpu")
     with pytest.raises(UserError, match=r"no backend 'cuda'; choose one of reference, cpu"):
         attention(*arrays, backend="cuda")
 

@@ -74,6 +74,33 @@ def test_attention(window: int, keys: int, options: dict[str, Any], width: int) 
             assert not each[row, ends[row] : prefix].any()
 
 
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(
+    ("tokens", "rows"),
+    [
+        (256, [[256]]),
+        (300, [[100, 1, 130], [], [7, 293], [1] * 128]),
+        (1500, [[700, 3, 500], [300] * 5, [1499]]),
+    ],
+)
+def test_attention_of_windows_that_share_a_row(
+    tokens: int, rows: list[list[int]], causal: bool, width: int
+) -> None:
+    numbers = [np.repeat(1 + np.arange(len(lengths)), lengths) for lengths in rows]
+    segments = np.stack([np.pad(each, (0, tokens - len(each))) for each in numbers])
+    query, cotangent = (normal(len(rows), tokens, 4, width, seed=seed) for seed in (0, 1))
+    key, value = (normal(len(rows), tokens, 2, width, seed=seed) for seed in (2, 3))
+
+    def run(*arrays: jax.Array, backend: str | None = None) -> jax.Array:
+        # cuDNN where a backend is not asked for, and nothing portable in its place.
+        options: dict[str, Any] = {"segments": jnp.asarray(segments), "causal": causal}
+        return attention(*arrays, backend=backend or "gpu", **options)
+
+    for one in check(run, [query, key, value], cotangent):
+        assert not one[segments == 0].any()
+
+
 @pytest.mark.parametrize(("inner", "outer"), [(128, 256), (192, 320), (130, 150)])
 @pytest.mark.parametrize(
     "sizes", [[10, 0, 130, 1, 150], [300], [0, 0, 0], [299, 1], [128, 128, 0], [5] * 60]

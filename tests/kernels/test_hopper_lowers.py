@@ -1,6 +1,7 @@
 """The kernels for Hopper GPUs become GPU programs here, where they cannot run: layouts, memory."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from klong_jax.core.errors import UserError
+from klong_jax.kernels.attention import attention
 from klong_jax.kernels.grouped_matmul import grouped_matmul
 from klong_jax.kernels.linear_cross_entropy import linear_cross_entropy
 
@@ -18,6 +20,21 @@ def kernels(function: Callable[..., Any], *arguments: jax.ShapeDtypeStruct) -> i
     """How many there are in the program of a function."""
     lowered = jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",))
     return int(lowered.as_text().count("@mosaic_gpu"))
+
+
+def test_attention_of_windows_that_share_a_row_lowers() -> None:
+    def step(query: Any, key: Any, value: Any, segments: Any) -> Any:
+        run = partial(attention, segments=segments, backend="gpu")
+        out, pull = jax.vjp(run, query, key, value)
+        return out, *pull(out)
+
+    key = shape(2, 300, 2, 64)
+    arguments = shape(2, 300, 4, 64), key, key, shape(2, 300, dtype=jnp.int32)
+    lowered = jax.jit(step).trace(*arguments).lower(lowering_platforms=("cuda",))
+    text = lowered.as_text()
+    # Forward, backward; as many sequences a row as there may be.
+    assert [text.count(f"@__cudnn$fmhaSoftmax{name}(") for name in ("", "Backward")] == [1, 1]
+    assert text.count("\\22max_seg_per_batch\\22: 128") == 2
 
 
 def shape(*sizes: int, dtype: Any = HALF) -> jax.ShapeDtypeStruct:

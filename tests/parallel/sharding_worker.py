@@ -1,6 +1,7 @@
 """A process of the sharding tests: a step's loss and gradients on meshes, against one device's.
 
-Arguments: a JSON object with `cases` ([model, mesh, tokens of a shared prefix]), and `save` or
+Arguments: a JSON object with `cases` ([model, mesh, tokens of a shared prefix or
+"packed"]), and `save` or
 `restore` (a folder and a mesh) for checkpoints. Prints a JSON object a line.
 """
 
@@ -77,7 +78,11 @@ def built(model: str) -> tuple[Any, Any]:
     return build(MODELS[model], 0)
 
 
-def gradients(model: str, shared: int | None) -> tuple[Any, dict[str, Any]]:
+def layout(shared: int | str) -> Layout:
+    return Layout(96, 8, pack=True) if shared == "packed" else Layout(48, 8, (int(shared),))
+
+
+def gradients(model: str, shared: int | str | None) -> tuple[Any, dict[str, Any]]:
     """Under the active mesh, or on one device without one; of groups if `shared` is not None."""
     graph, params = built(model)
     mesh = jax.sharding.get_mesh()
@@ -87,7 +92,7 @@ def gradients(model: str, shared: int | None) -> tuple[Any, dict[str, Any]]:
     batches: list[Any] = [make_batch()]
     if shared is not None:
         groups = make_groups()
-        batches = list(lay_out(groups, [0.5] * len(groups), Layout(48, 8, (shared,))))
+        batches = list(lay_out(groups, [0.5] * len(groups), layout(shared)))
     total = None
     for batch in batches:
         total = trainer.add(params, total, batch)
@@ -110,7 +115,7 @@ def whole(tree: Any) -> list[np.ndarray]:
     return [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
 
 
-def compare(model: str, shape: MeshShape, shared: int | None = None) -> dict[str, Any]:
+def compare(model: str, shape: MeshShape, shared: int | str | None = None) -> dict[str, Any]:
     expected, loss = alone(model, shared is not None)
     with use_mesh(make_mesh(shape)):
         sharded, logs = gradients(model, shared)

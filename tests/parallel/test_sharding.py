@@ -17,8 +17,9 @@ import pytest
 WORKER = Path(__file__).with_name("sharding_worker.py")
 TOLERANCE = 1e-5
 
-# Model, mesh, and tokens of a prefix that windows share; None trains single windows.
-CASES: list[tuple[str, dict[str, int], int | None]] = [
+# Model, mesh, and tokens of a prefix that windows share, or that they are packed into rows; None
+# trains single windows.
+CASES: list[tuple[str, dict[str, int], int | str | None]] = [
     ("dense", {"data": 2, "fsdp": 4}, None),
     ("dense", {"fsdp": 4, "tensor": 2}, None),
     ("dense", {"context": 4, "fsdp": 2}, None),
@@ -29,6 +30,7 @@ CASES: list[tuple[str, dict[str, int], int | None]] = [
     ("dense", {"data": 2, "context": 2, "tensor": 2}, 16),
     ("mixture", {"context": 4, "fsdp": 2}, 16),
     ("mixture", {"expert": 2, "context": 2, "tensor": 2}, 16),
+    ("mixture", {"expert": 2, "context": 2, "tensor": 2}, "packed"),
 ]
 
 
@@ -79,7 +81,7 @@ def show(rows: list[dict[str, Any]], measured: Note) -> None:
     )
     for row in rows:
         measured(
-            f"{row['model']:8} {row['mesh']:32} {row['shared'] or 0:6} {row['processes']:9} "
+            f"{row['model']:8} {row['mesh']:32} {row['shared'] or 0!s:>6} {row['processes']:9} "
             f"{row['loss']:10.5f} {row['alone']:10.5f} {row['off']:8.1e}"
         )
 

@@ -43,7 +43,7 @@ MODEL = ModelSection(
 )
 TOKENIZER = train_tokenizer(["a b"] * 9, 400)
 SETTINGS = [
-    *("policy=x", "tasks=y", "splitting.context_limit=64", "splitting.reserve=8"),
+    *("policy=x", "tasks=y", "splitting.context_limit=80", "splitting.reserve=8"),
     *("splitting.overlap=8", "rl.groups=2", "rl.rollouts=2", "rl.micro_batch=2", "rl.kl_beta=0.1"),
     *("rl.tokens_per_rollout=10", "rl.optimizer.learning_rate=0.02"),
     "rl.stages=[{timeout_s: 5, max_steps: 3, min_steps: 3, advance_score: 1.0}]",

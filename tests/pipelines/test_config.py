@@ -82,6 +82,7 @@ def test_values_become_what_the_pipelines_use() -> None:
         (["+splitting.limit=3"], "splitting.limit is no setting"),
         (["model.num_heads=3"], "multiple of num_kv_heads"),
         (["sft.steps=20"], "warmup_steps"),
+        (["sft.pack=perhaps"], 'sft.pack="perhaps"'),
         (
             ["sft.optimizer.schedule=wsd", "sft.optimizer.decay_share=1"],
             "decay_share=1.0: leaves 0 of sft.steps=320 for the 20 warm-up steps",

@@ -37,8 +37,8 @@ def trainer(remat: Remat) -> Trainer:
     return Trainer(sft_loss(GRAPH, remat=remat), OPTIMIZER)
 
 
-def step(shared: int = 0) -> Step:
-    layout = Layout(LENGTH, 2, (shared,), whole=False)
+def step(shared: int = 0, pack: bool = False) -> Step:
+    layout = Layout(LENGTH, 2, (shared,), whole=False, pack=pack)
     return Step(trainer, CONFIG, "float32", abstract_state(PARAMS, OPTIMIZER), [layout])
 
 
@@ -93,11 +93,19 @@ def test_what_is_compiled_for_the_choice_is_what_runs(tmp_path: Path) -> None:
             compiled.clear()
             tokens, unused = np.zeros(LENGTH, np.int32), np.zeros(LENGTH, np.float32)
             trained = np.arange(LENGTH) >= 128
-            window = Window(0, 128, tokens, trained, unused, unused.astype(np.int32))
+            window = Window(0, 128, tokens, trained, unused, unused.astype(np.int32), LENGTH)
             state = init_state(jax.tree.map(jnp.copy, PARAMS), OPTIMIZER)
             batches = lay_out([(window,) * 3], [1.0], step(shared=128).layouts[0])
-            made.step(state, batches, 1.0)
+            state, _ = made.step(state, batches, 1.0)
             programs = {"accumulate", "read", "after", "back", "update"}
+            assert not programs & {name[4:-1] for name in compiled}
+
+            # Windows that share rows are another shape.
+            compiled.clear()
+            needed_bytes(packed := step(pack=True), made)
+            assert compiled == ["jit(accumulate)"]
+            compiled.clear()
+            made.step(state, lay_out([(window,) * 3], [1.0], packed.layouts[0]), 1.0)
             assert not programs & {name[4:-1] for name in compiled}
     finally:
         jax.monitoring.clear_event_listeners()

@@ -112,6 +112,8 @@ def test_a_mixture_is_trained_and_the_best_by_held_out_loss_kept(tmp_path: Path)
     assert done.returncode == 0, done.stderr
     made = rows(tmp_path / "runs")
     assert [row["windows"] for row in made] == [4] * 6
+    # Four short conversations share a row; apart, each in one of 600 tokens, they would fill less.
+    assert all(0.6 < row["padding_share"] < 0.95 for row in made)
     assert len(list((tmp_path / "runs" / "corpora").iterdir())) == 2
     # What is held out is shorter than a window, and every token of it stands somewhere.
     counts = {sum(n for name, n in row.items() if "heldout_tokens_from" in name) for row in made}

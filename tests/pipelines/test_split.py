@@ -128,6 +128,10 @@ def test_the_corpus_is_summed_up_and_drawn(tmp_path: Path) -> None:
     pinned = plans[0]["windows"][0]["prefix_tokens"]
     assert stats["window_tokens"]["total"] == sum(lengths)
     assert stats["prefix_share"] == pytest.approx(pinned * len(lengths) / sum(lengths))
+    assert stats["padding_share"] == pytest.approx(1 - sum(lengths) / (200 * len(lengths)))
+    assert 0 <= stats["packed_padding_share"] < stats["padding_share"]
+    for name in ("padding_share", "packed_padding_share"):
+        assert f"{stats[name]:.1%}" in done.stdout
     assert stats["windows"]["largest"] == len(plans[2]["windows"]) > 2
     assert 1 < stats["prefix_sharing_speedup"]["qwen3_8b"] < len(lengths) / 3
     assert "3 trajectories" in done.stdout

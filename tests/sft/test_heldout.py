@@ -49,23 +49,28 @@ def by_hand(made: SplitRecording) -> dict[int, tuple[float, int]]:
 def test_losses_are_means_over_trained_tokens_of_all_of_late_windows_and_of_stretches(
     fade: tuple[int, ...],
 ) -> None:
-    made = [recording(7, 0, fade), recording(1, 1)]
+    made = [recording(7, 0, fade), recording(1, 1), recording(1, 2), recording(2, 3)]
     assert any(span.left_out for span in made[0].spans) == bool(fade)
-    data = WindowDataset("x", tuple(one.windows() for one in made), LENGTH)
-    losses = HeldOut(data, GRAPH, 4).losses(PARAMS)
     tokens = [token for one in map(by_hand, made) for token in one.items()]
     half = -(-len(made[0].spans) // 2)
     late = [loss for _, (loss, index) in tokens if index >= half]
-    assert losses.pop("heldout_loss") == pytest.approx(np.mean([t[1][0] for t in tokens]), rel=1e-5)
-    assert losses.pop("heldout_late_loss") == pytest.approx(np.mean(late), rel=1e-5)
-    expected = {}
+    expected = {
+        "heldout_loss": pytest.approx(np.mean([loss for _, (loss, _) in tokens]), rel=1e-5),
+        "heldout_late_loss": pytest.approx(np.mean(late), rel=1e-5),
+    }
     for start in (2, 4, 8, 16, 32):
         here = [loss for position, (loss, _) in tokens if start <= position < 2 * start]
         expected[f"heldout_loss_from_{start}"] = pytest.approx(np.mean(here), rel=1e-5)
         expected[f"heldout_tokens_from_{start}"] = len(here)
-    assert losses == expected
-    assert [start for start, _, _ in losses_by_position(losses)] == [2, 4, 8, 16, 32]
-    assert sum(count for _, _, count in losses_by_position(losses)) == len(tokens)
+    windows = [window for one in made for window in one.windows()]
+    for pack in (False, True):
+        data = WindowDataset("x", tuple(one.windows() for one in made), LENGTH, pack=pack)
+        rows = data.layout(4).arrange(windows, [1.0] * len(windows)).tokens
+        assert (len(rows) < len(windows)) == pack, "several windows share a row"
+        losses = HeldOut(data, GRAPH, 4).losses(PARAMS)
+        assert losses == expected
+        assert [start for start, _, _ in losses_by_position(losses)] == [2, 4, 8, 16, 32]
+        assert sum(count for _, _, count in losses_by_position(losses)) == len(tokens)
 
 
 def test_trajectories_of_one_window_have_no_late_ones() -> None:

@@ -1,9 +1,11 @@
 """The numbers of a corpus are those of its windows."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from klong_jax.core.trajectory import Turn
+from klong_jax.splitting.packing import pack
 from klong_jax.splitting.plan import plan_recorded
 from klong_jax.splitting.policy import ContextPolicy
 from klong_jax.splitting.recorded import Mode, SplitOptions, split_recorded
@@ -23,12 +25,18 @@ def test_a_corpus_is_the_sum_of_its_windows(
 ) -> None:
     turns = [tuple(Turn((1,) * s, (2,) * o) for s, o in lengths) for lengths in corpus]
     split = [split_recorded(t, 6, POLICY, SplitOptions(mode=mode), "f") for t in turns]
-    stats = corpus_stats([plan_recorded("a", "f", made) for made in split])
+    stats = corpus_stats([plan_recorded("a", "f", made) for made in split], POLICY.limit)
     windows = [window for made in split for window in made.windows()]
     assert stats.trajectories == len(corpus)
     assert stats.windows.total == len(windows)
     assert stats.window_tokens.total == sum(len(window.tokens) for window in windows)
     assert stats.window_tokens.largest == max(len(window.tokens) for window in windows)
+    computed = sum(POLICY.limit - len(window.tokens) for window in windows)
+    assert stats.padding_share == pytest.approx(computed / (len(windows) * POLICY.limit))
+    rows = pack([len(window.tokens) for window in windows], POLICY.limit, 128)
+    left = len(rows) * POLICY.limit - stats.window_tokens.total
+    assert stats.packed_padding_share == pytest.approx(left / (len(rows) * POLICY.limit))
+    assert stats.packed_padding_share <= stats.padding_share
     assert stats.prefix_tokens == sum(window.prefix_len for window in windows)
     hidden = [b - a for made in split for span in made.spans for a, b in span.left_out]
     assert stats.faded_tokens == sum(hidden)

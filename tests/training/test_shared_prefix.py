@@ -1,33 +1,22 @@
 """Computing a common prefix once changes nothing but the work: the gradient is naive training's."""
 
 from collections.abc import Callable, Sequence
-from functools import cache
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from gradients import LIMIT, MIXTURE, MODELS, OPTIMIZER, VOCAB, gradients, listening, off
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from klong_jax.core.trajectory import Turn, cut_window, token_stream
-from klong_jax.models.config import DecoderConfig, DTypes, MoeConfig, Remat
 from klong_jax.models.decoder import build
 from klong_jax.models.routing import EXPERT_LOADS
-from klong_jax.rl.loss import RlLossConfig, rl_loss
 from klong_jax.sft.loss import sft_loss
 from klong_jax.splitting.policy import ContextPolicy, split
 from klong_jax.training.accumulate import Trainer, init_state
 from klong_jax.training.batches import Group, Layout, lay_out
-from klong_jax.training.optimizer import OptimizerConfig, make_optimizer
-
-LIMIT, VOCAB = 48, 50
-MIXTURE = MoeConfig(8, 2, 16, "sigmoid", shared_size=16, dense_layers=1, router_bias=True)
-MODELS = {
-    "tied": DecoderConfig(VOCAB, 16, 2, 4, 2, 8, 32),
-    "mixture": DecoderConfig(VOCAB, 16, 3, 4, 2, 8, 32, tie_embeddings=False, moe=MIXTURE),
-}
-OPTIMIZER = make_optimizer(OptimizerConfig("adamw", 1e-2))
 
 
 def group(
@@ -55,44 +44,9 @@ def group(
     return tuple(cut_window(index, span, *stream) for index, span in enumerate(spans))
 
 
-@cache
-def trainer(model: str, dtype: str, remat: Remat, objective: str) -> tuple[Trainer, object]:
-    graph, params = build(MODELS[model], 0, DTypes(dtype, dtype))
-    if objective == "rl":
-        loss = rl_loss(graph, RlLossConfig(kl_beta=0.1, temperature=0.7), remat=remat)
-    else:
-        loss = sft_loss(graph, remat=remat)
-    return Trainer(loss, OPTIMIZER), params
-
-
-def gradients(
-    groups: Sequence[Group],
-    *shared: int,
-    rows: int = 2,
-    model: str = "tied",
-    dtype: str = "float64",
-    remat: Remat = "none",
-    objective: str = "sft",
-) -> tuple[list[np.ndarray], dict[str, np.ndarray]]:
-    """Summed gradients and logs, with so many tokens at the front computed once a group."""
-    with jax.enable_x64(dtype == "float64"):
-        made, params = trainer(model, dtype, remat, objective)
-        weights = np.linspace(-1, 1.5, len(groups)).tolist()
-        total = None
-        for batch in lay_out(groups, weights, Layout(LIMIT, rows, shared)):
-            total = made.add(params, total, batch)
-        grads, logs = total
-        return [np.asarray(leaf) for leaf in jax.tree.leaves(grads)], {
-            name: np.asarray(value) for name, value in logs.items()
-        }
-
-
-def off(found: list[np.ndarray], expected: list[np.ndarray]) -> float:
-    """The largest difference, relative to the largest entry of its tensor."""
-    return max(
-        float(np.abs(a - b).max() / (np.abs(b).max() or 1))
-        for a, b in zip(found, expected, strict=True)
-    )
+def shared(*tokens: int, rows: int = 2) -> Layout:
+    """So many tokens at the front are computed once a group."""
+    return Layout(LIMIT, rows, tokens)
 
 
 GROUPS = [group(20, 0), group(5, 1), group(12, 2), group(14, 3, reading=False)]
@@ -118,9 +72,9 @@ def test_the_gradient_is_that_of_whole_windows(measured: Callable[[str], None]) 
     assert GROUPS[0][0].trained_mask[:16].any()
     rows = []
     for case in CASES:
-        whole, logs = gradients(GROUPS, 0, **case)
+        whole, logs = gradients(GROUPS, shared(0), **case)
         # In threes, four groups leave rows of padding.
-        found, shared_logs = gradients(GROUPS, 16, rows=3, **case)
+        found, shared_logs = gradients(GROUPS, shared(16, rows=3), **case)
         loads, shared_loads = logs.pop(EXPERT_LOADS, None), shared_logs.pop(EXPERT_LOADS, None)
         if loads is not None:
             assert shared_logs.keys() == logs.keys()
@@ -145,18 +99,18 @@ def test_the_gradient_is_that_of_whole_windows(measured: Callable[[str], None]) 
         max_size=5,
     ),
     seed=st.integers(0, 2**32 - 1),
-    shared=st.sampled_from([(8,), (16,), (8, 16)]),
+    tokens=st.sampled_from([(8,), (16,), (8, 16)]),
 )
 def test_any_trajectories_give_the_gradient_of_whole_windows(
-    shapes: list[tuple[int, int, int, bool]], seed: int, shared: tuple[int, ...]
+    shapes: list[tuple[int, int, int, bool]], seed: int, tokens: tuple[int, ...]
 ) -> None:
     """Prefixes shorter and longer than what is shared, ragged windows, any number of them."""
     groups = [
         group(turns, seed + number, prefix_len, overlap, reading)
         for number, (turns, prefix_len, overlap, reading) in enumerate(shapes)
     ]
-    whole, logs = gradients(groups, 0)
-    found, shared_logs = gradients(groups, *shared)
+    whole, logs = gradients(groups, shared(0))
+    found, shared_logs = gradients(groups, shared(*tokens))
     assert off(found, whole) < 1e-12
     assert float(shared_logs["loss"]) == pytest.approx(float(logs["loss"]), rel=1e-12)
 
@@ -165,14 +119,10 @@ def test_nothing_is_compiled_again_however_many_windows_there_are() -> None:
     graph, params = build(MODELS["tied"], 0)
     made = Trainer(sft_loss(graph, remat="full"), OPTIMIZER)
     state = init_state(jax.tree.map(jnp.copy, params), OPTIMIZER)
-    layout = Layout(LIMIT, 2, (16,))
+    layout = shared(16)
     compiled: list[str] = []
 
-    def listen(event: str, duration: float, **_: object) -> None:
-        if event.endswith("backend_compile_duration"):
-            compiled.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
+    listening(compiled)
     try:
         # One group is of a prefix too short to be shared.
         first = [group(9, 7), group(4, 8, prefix_len=10)]

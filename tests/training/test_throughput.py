@@ -5,8 +5,8 @@ import pytest
 
 from klong_jax.core.trajectory import Window
 from klong_jax.models.config import DecoderConfig, MoeConfig
-from klong_jax.training.batches import Layout
-from klong_jax.training.throughput import Meter, fresh_tokens, step_flops
+from klong_jax.training.batches import Layout, lay_out
+from klong_jax.training.throughput import Meter, fresh_tokens, padding_share, step_flops
 
 WHOLE = Layout(16, 1)
 MODEL = DecoderConfig(30, 16, 3, 2, 1, 8, 32)
@@ -58,6 +58,23 @@ def test_rates_are_shares_of_the_time_and_of_all_devices_peak() -> None:
         "waiting_share": 0.25,
         "mfu": pytest.approx(step_flops(MODEL, groups, WHOLE) / 0.5 / 4e6),
     }
+
+
+def test_the_padding_share_is_of_the_positions_computed() -> None:
+    def share(layout: Layout, *groups: tuple[Window, ...]) -> float:
+        return padding_share(list(lay_out(groups, [1.0] * len(groups), layout)))
+
+    # Eight real tokens, six and four; two that are not trained stand at the end of the first.
+    short = [(window(0, [1] * n + [0] * rest),) for n, rest in ((8, 2), (6, 0), (4, 0))]
+    assert share(Layout(16, 1), *short) == 1 - 18 / 48
+    assert share(Layout(16, 2), *short) == 1 - 18 / 64, "a row of padding fills the second call"
+    assert share(Layout(16, 1, pack=True), *short) == 1 - 18 / 32
+    assert share(Layout(16, 1, pack=True), *short[:2]) == 1 - 14 / 16
+    pair = tuple(window(index, [0] * 6 + [1] * n, prefix_len=6) for index, n in enumerate((3, 8)))
+    # A prefix of six, once; behind it three of ten tokens and eight of ten.
+    shared = Layout(16, 1, shared=(6,), pack=True)
+    assert share(shared, pair) == pytest.approx(1 - (6 + 3 + 8) / 26)
+    assert share(shared, pair, *short) == pytest.approx(1 - (17 + 18) / (26 + 32))
 
 
 def test_no_peak_is_made_up() -> None:

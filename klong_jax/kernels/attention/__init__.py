@@ -2,6 +2,6 @@
 
 from klong_jax.kernels.attention.api import attention
 from klong_jax.kernels.attention.cached import cached_attention
-from klong_jax.kernels.attention.mask import SAVED
+from klong_jax.kernels.attention.mask import SAVED, segment_starts
 
-__all__ = ["SAVED", "attention", "cached_attention"]
+__all__ = ["SAVED", "attention", "cached_attention", "segment_starts"]

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from klong_jax.core.errors import UserError
-from klong_jax.kernels.attention import cpu, gpu, reference, sharded, tpu
+from klong_jax.kernels.attention import cpu, gpu, packed, reference, sharded, tpu
 from klong_jax.kernels.attention.mask import WindowMask
 from klong_jax.kernels.attention.sharded import Backend
 from klong_jax.kernels.backend import chosen, in_16_bits, platform
@@ -30,6 +30,7 @@ def attention(
     *,
     prefix_lengths: Int[Array, "b"] | None = None,
     lengths: Int[Array, "b"] | None = None,
+    segments: Int[Array, "b t"] | None = None,
     causal: bool = True,
     scale: float | None = None,
     backend: str | None = None,
@@ -45,6 +46,9 @@ def attention(
         value: Values.
         prefix_lengths: How many of the first s - t keys a row has; all if None.
         lengths: How many of the t window tokens a row has; all if None.
+        segments: Which of the windows that share a row each token belongs to: 1 from the row's
+            first token on, then 2, and so on up to kernels.limits.MOST_SEGMENTS, and 0 behind the
+            last; a query sees its own only. One window a row if None.
         causal: A query sees the window up to itself, not all of it.
         scale: What scores are multiplied with; d ** -0.5 if None.
         backend: One of BACKENDS; chosen by platform and shape if None.
@@ -58,7 +62,13 @@ def attention(
             f"attention: queries of shape {query.shape} need at least as many keys as queries and "
             f"a number of heads that divides theirs, not keys of shape {key.shape}."
         )
-    mask = WindowMask(prefix, causal, prefix_lengths, lengths)
+    if segments is not None and (prefix or lengths is not None):
+        raise UserError(
+            "attention: windows that share a row have no prefix before them and no lengths beside "
+            "their segments; leave one of the two out."
+        )
+    numbered = None if segments is None else jnp.asarray(segments)
+    mask = WindowMask(prefix, causal, prefix_lengths, lengths, segments=numbered)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     asked = chosen("attention", backend, BACKENDS)
 
@@ -84,6 +94,7 @@ def _by_shape(
         or width > _CUDNN_WIDEST
         or width % 8
         or mask.positions is not None
+        or (mask.segments is not None and not packed.takes(query))
     ):
         return "cpu"
     if name == "tpu" and query.dtype == jnp.float64:

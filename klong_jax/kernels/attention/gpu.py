@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from klong_jax.kernels.attention import packed
 from klong_jax.kernels.attention.mask import SAVED, WindowMask
 
 Heads = Float[Array, "b t h d"]
@@ -46,13 +47,16 @@ def attention(
         value: Values.
         mask: What a query sees; its positions must be None.
         scale: What scores are multiplied with.
-        flash: Holds `forward` and `backward` as the module cudnn does, which is taken if None.
+        flash: Holds `forward` and `backward`, and those of packed rows, as the module cudnn does,
+            which is taken if None.
     """
     if flash is None:
         # Here and not above: JAX's private module is imported where it is used only.
         from klong_jax.kernels.attention import cudnn
 
         flash = cudnn
+    if mask.segments is not None:
+        return packed.attention(query, key, value, mask.segments, mask.causal, scale, flash)
     prefix = mask.prefix
     # Causal, a query past its row's tokens sees them, not they it; its output is cut off below.
     lengths = None if mask.causal else mask.lengths

@@ -1,4 +1,8 @@
-"""What a query sees: the pinned prefix, and its own window up to itself."""
+"""What a query sees: the pinned prefix, and its own window up to itself.
+
+Short windows may stand one behind another in a row, where they are called its segments; a query
+then sees its own segment.
+"""
 
 from dataclasses import dataclass
 from functools import partial
@@ -11,9 +15,16 @@ SAVED = "attended"
 """Name of what attention keeps for its backward pass, to policies of rematerialisation."""
 
 
+def segment_starts(segments: Int[Array, "b t"]) -> Int[Array, "b t"]:
+    """Where in its row each token's segment begins."""
+    positions = jnp.arange(segments.shape[1])
+    begins = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    return jax.lax.cummax(jnp.where(begins, positions, 0), axis=1)
+
+
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["prefix_lengths", "lengths", "positions"],
+    data_fields=["prefix_lengths", "lengths", "positions", "segments"],
     meta_fields=["prefix", "causal"],
 )
 @dataclass(frozen=True)
@@ -27,6 +38,9 @@ class WindowMask:
         lengths: How many tokens of the window a row has; all if None. A query past them sees
             nothing and its output is zero.
         positions: Where each query stands in the window; 0, 1, 2, ... if None.
+        segments: Which segment each token of the window belongs to: 1 from the first token on, then
+            2, and so on, and 0 behind the last, where a query sees nothing; one segment if None. A
+            window of segments has no prefix and no lengths.
     """
 
     prefix: int
@@ -34,6 +48,7 @@ class WindowMask:
     prefix_lengths: Int[Array, "b"] | None = None
     lengths: Int[Array, "b"] | None = None
     positions: Int[Array, "t"] | None = None
+    segments: Int[Array, "b t"] | None = None
 
     def query_positions(self, queries: int) -> Int[Array, "t"]:
         """Where each query stands in the window."""
@@ -56,11 +71,18 @@ class WindowMask:
             lengths = self.lengths[:, None]
             seen &= (in_prefix | (keys - self.prefix < lengths))[:, None]
             seen &= (queries < lengths)[:, :, None]
+        if self.segments is not None:
+            own = self.segments[:, queries, None]
+            seen &= (own == self.segments[:, None, keys]) & (own > 0)
         return seen
 
     def zero_padding(self, out: Float[Array, "b t h d"]) -> Float[Array, "b t h d"]:
-        """Zeros, and no gradient, where a query is past its row's tokens."""
-        if self.lengths is None:
+        """Zeros, and no gradient, where a query is padding."""
+        positions = self.query_positions(out.shape[1])
+        if self.segments is not None:
+            real = self.segments[:, positions] > 0
+        elif self.lengths is not None:
+            real = positions < self.lengths[:, None]
+        else:
             return out
-        real = self.query_positions(out.shape[1]) < self.lengths[:, None]
         return jnp.where(real[:, :, None, None], out, 0)

@@ -7,6 +7,7 @@ travel, and their gradients back.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from math import prod
 from typing import Any
@@ -57,7 +58,7 @@ def attention(
             return backend(query, key, value, mask, scale)
         key, value = (jax.lax.all_gather(x, context, axis=1, tiled=True) for x in (key, value))
         positions = _positions(query.shape[1], context, devices)
-        here = WindowMask(mask.prefix, mask.causal, mask.prefix_lengths, mask.lengths, positions)
+        here = replace(mask, positions=positions)
         out = backend(_deal(query, context, devices), key, value, here, scale)
         return _collect(out, context, devices)
 

@@ -226,9 +226,13 @@ class SftSection(Section):
     """Tokens at the front of a group's windows that are computed once for all of them, where the
     pinned prefix is as long; auto spares the most computation, with up to three lengths, 0 computes
     every window whole. The gradient is the same."""
+    pack: bool
+    """Whether short windows share a row of splitting.context_limit tokens, one behind another, so
+    that little padding is computed; windows that share a prefix are left as they are. The gradient
+    is the same."""
     micro_batch: int = Field(gt=0)
-    """Windows, or groups that share a prefix, a gradient call; rounded up to what the mesh's data,
-    fsdp and expert share evenly."""
+    """Rows of windows, or groups that share a prefix, a gradient call; rounded up to what the
+    mesh's data, fsdp and expert share evenly."""
     remat: Remat | Literal["auto"]
     """What a layer keeps for its backward pass: none recomputes nothing, full everything but the
     layer's input; attention keeps what attention gave, dots the results of matrix products. auto
@@ -315,9 +319,13 @@ class RlSection(Section):
     shared_prefix: int = Field(ge=0)
     """Tokens at the front of a rollout's windows that are computed once for all of them, where the
     pinned prefix is as long; 0 computes every window whole. The gradient is the same."""
+    pack: bool
+    """Whether short windows share a row of splitting.context_limit tokens, one behind another, so
+    that little padding is computed; windows that share a prefix are left as they are. The gradient
+    is the same."""
     micro_batch: int = Field(gt=0)
-    """Windows, or rollouts that share a prefix, a gradient call; rounded up to what the mesh's
-    data, fsdp and expert share evenly."""
+    """Rows of windows, or rollouts that share a prefix, a gradient call; rounded up to what the
+    mesh's data, fsdp and expert share evenly."""
     remat: Remat | Literal["auto"]
     """What a layer keeps for its backward pass: none recomputes nothing, full everything but the
     layer's input; attention keeps what attention gave, dots the results of matrix products. auto
