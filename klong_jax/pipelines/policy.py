@@ -27,6 +27,7 @@ from klong_jax.text.template_chat import TemplateChat
 from klong_jax.text.tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokenizer
 from klong_jax.training.accumulate import TrainState, init_state
 from klong_jax.training.checkpoint import Checkpoints
+from klong_jax.training.frozen import joined
 from klong_jax.training.optimizer import OptimizerConfig, make_optimizer
 
 _ORIGIN = "huggingface"
@@ -198,8 +199,9 @@ def make_engine(
 def fresh_state(policy: Policy, optimizer: OptimizerConfig) -> TrainState:
     """The policy's parameters with an optimiser that has seen nothing.
 
-    Parameters are copied: a training step reuses the buffers of its state.
+    What is learnt is copied: a training step reuses its buffers.
     """
-    return init_state(
-        jax.tree.map(lambda leaf: leaf.copy(), policy.params), make_optimizer(optimizer)
-    )
+    learnt, frozen = optimizer.selection.split(policy.params)
+    copied = jax.tree.map(lambda leaf: leaf.copy(), learnt)
+    params = joined(copied, frozen)
+    return init_state(params, make_optimizer(optimizer), optimizer.selection)

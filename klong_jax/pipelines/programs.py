@@ -5,7 +5,7 @@ allocated, so the mesh may be of devices that are not here.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -105,26 +105,28 @@ def _rl(plan: Plan) -> list[Lowered]:
 def _training(plan: Plan, loss: Callable[[Any], WindowLoss]) -> list[Lowered]:
     graph, params = abstract(plan.model, DTypes("float32", "bfloat16"))
     optimizer = make_optimizer(plan.optimizer)
-    state = abstract_state(params, optimizer)
-    trainer = Trainer(loss(graph), optimizer)
+    selection = plan.optimizer.selection
+    state = abstract_state(params, optimizer, selection)
+    trainer = Trainer(loss(graph), optimizer, selection=selection)
+    learnt, frozen = selection.split(state.params)
     row = _array((plan.rows, plan.length), jnp.float32)
     tokens = _array((plan.rows, plan.length), jnp.int32)
     batch = WindowBatch(tokens, row, row, row, _array((plan.rows,), jnp.float32))
-    total = placed(jax.eval_shape(trainer.start, state.params, batch))
+    total = placed(jax.eval_shape(trainer.start, learnt, frozen, batch))
     scale = jax.ShapeDtypeStruct((), jnp.float32)
     return [
         Lowered(
             "gradients of a micro-batch",
-            trainer.accumulate.lower(state.params, total, batch),
+            trainer.accumulate.lower(learnt, frozen, total, batch),
             device_bytes(state.opt_state),
             _gradient_work(plan),
         ),
         Lowered(
             "update of the parameters",
-            trainer.update.lower(state, total[0], scale),
-            0,
+            trainer.update.lower(replace(state, params=learnt), total[0], scale),
+            device_bytes(frozen),
             # Gradient and three arrays of the state are read, the three are written.
-            Work(0.0, 0.0, device_bytes((state, state, total[0])), {}),
+            Work(0.0, 0.0, device_bytes((learnt, state.opt_state) * 2 + (total[0],)), {}),
         ),
     ]
 

@@ -134,6 +134,7 @@ async def train(
                 rl_loss(policy.graph, numbers, remat=section.remat),
                 make_optimizer(optimizer),
                 section.router_bias_rate,
+                optimizer.selection,
             ),
             _collector(shape, [task.task_id for task in tasks], arena),
             make_refer(policy.graph, policy.params, temperature)

@@ -119,7 +119,7 @@ def train(
         state = run_sft(
             phases,
             fresh_state(policy, optimizer),
-            Trainer(loss, make_optimizer(optimizer), section.router_bias_rate),
+            Trainer(loss, make_optimizer(optimizer), section.router_bias_rate, optimizer.selection),
             checkpoints,
             metrics,
             Meter.of_devices(policy.config, jax.device_count(), kind),

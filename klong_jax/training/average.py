@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from klong_jax.models.decoder import Params
+from klong_jax.training.frozen import joined, restricted
 
 
 class Averaged(NamedTuple):
@@ -14,7 +15,7 @@ class Averaged(NamedTuple):
 
     Attributes:
         inner: The state of the optimiser itself.
-        average: The averaged parameters, in float32.
+        average: The averaged parameters, those that are learnt, in float32.
     """
 
     inner: Any
@@ -52,4 +53,6 @@ def served_params(params: Params, opt_state: Any) -> Params:
     """What a policy acts with once it is trained: the average if one was kept, else `params`."""
     if not isinstance(opt_state, Averaged):
         return params
-    return jax.tree.map(lambda mean, like: mean.astype(like.dtype), opt_state.average, params)
+    average = opt_state.average
+    learnt = restricted(params, average)
+    return joined(params, jax.tree.map(lambda x, like: x.astype(like.dtype), average, learnt))

@@ -20,6 +20,7 @@ from klong_jax.core.errors import UserError
 from klong_jax.models.decoder import Params
 from klong_jax.training.accumulate import TrainState
 from klong_jax.training.average import Averaged
+from klong_jax.training.frozen import joined, restricted
 
 # Tensorstore, which writes the arrays, says ValueError where a disk is full.
 _TENSORSTORE_CODE = re.compile(r"os_error_code='(\d+)'")
@@ -158,7 +159,7 @@ class Checkpoints:
         read = {name: self._read(step, name, part) for name, part in parts.items()}
         opt_state, taken = read["optimizer"]
         if "average" in read:
-            opt_state = Averaged(opt_state, read["average"])
+            opt_state = Averaged(opt_state, restricted(read["average"], like.opt_state.average))
         return TrainState(read["params"], opt_state, taken), progress
 
     def restore_params(
@@ -241,10 +242,13 @@ class Checkpoints:
 
 
 def _parts(state: TrainState) -> dict[str, Any]:
-    """What is saved under which name; an average stands apart, for those who only act."""
+    """What is saved under which name; an average stands apart, for those who only act.
+
+    They need the frozen parameters beside it.
+    """
     optimizer, average = state.opt_state, {}
     if isinstance(optimizer, Averaged):
-        optimizer, average = optimizer.inner, {"average": optimizer.average}
+        optimizer, average = optimizer.inner, {"average": joined(state.params, optimizer.average)}
     return {"params": state.params, "optimizer": (optimizer, state.step), **average}
 
 

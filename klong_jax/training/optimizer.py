@@ -10,7 +10,7 @@ from optax import contrib
 from klong_jax.models.decoder import Params
 from klong_jax.models.routing import is_router_bias
 from klong_jax.training.average import with_average
-from klong_jax.training.frozen import leave_frozen
+from klong_jax.training.frozen import Selection
 from klong_jax.training.schedules import Schedule, make_schedule
 
 
@@ -47,12 +47,14 @@ class OptimizerConfig:
     frozen: tuple[str, ...] = ()
     ema_decay: float = 0.0
 
+    @property
+    def selection(self) -> Selection:
+        """Which parameters the optimiser is given."""
+        return Selection(self.frozen)
+
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Builds the optax transformation that the config names.
-
-    Its `init` raises a UserError where a pattern of frozen parameters fits none, or all of them.
-    """
+    """Builds the optax transformation that the config names, for the parameters that are learnt."""
 
     def schedule(ratio: float) -> optax.Schedule:
         return make_schedule(
@@ -78,8 +80,6 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     # Weight decay would pull at the routers' biases, though no gradient reaches them.
     kept = optax.masked(optax.set_to_zero(), _router_biases)
     optimizer = optax.chain(clip, update, kept)
-    if config.frozen:
-        optimizer = leave_frozen(optimizer, config.frozen)
     return with_average(optimizer, config.ema_decay) if config.ema_decay else optimizer
 
 

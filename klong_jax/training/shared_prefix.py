@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from klong_jax.models.decoder import Params
 from klong_jax.parallel.rules import constrain, constrain_params
 from klong_jax.training.batches import SharedBatch, WindowBatch, place_batch
-from klong_jax.training.loss import Logs, Prefix, WindowLoss
+from klong_jax.training.frozen import joined
+from klong_jax.training.loss import Logs, Prefix, Summed, WindowLoss
 
 Total = tuple[Params, Logs]
 """Sums so far of gradients, and of the loss and what it logs."""
@@ -36,19 +37,28 @@ class SharedPrefixGradient:
 
     def __init__(self, loss: WindowLoss) -> None:
         @partial(jax.jit, static_argnames="trained")
-        def read(params: Params, prefix: WindowBatch, trained: bool) -> Any:
-            forward = partial(loss.read, prefix=prefix, trained=trained)
-            (state, value), backward, logs = jax.vjp(forward, params, has_aux=True)
+        def read(learnt: Params, frozen: Params, prefix: WindowBatch, trained: bool) -> Any:
+            def forward(learnt: Params) -> Any:
+                return loss.read(joined(learnt, frozen), prefix, trained=trained)
+
+            (state, value), backward, logs = jax.vjp(forward, learnt, has_aux=True)
             state = constrain_prefix(state)
             return state, constrain_prefix(_zeros(state)), {"loss": value, **logs}, backward
 
-        @partial(jax.jit, donate_argnums=(2, 3))
+        @partial(jax.jit, donate_argnums=(3, 4))
         def after(
-            params: Params, state: Prefix, wanted: Prefix, total: Total, batch: WindowBatch
+            learnt: Params,
+            frozen: Params,
+            state: Prefix,
+            wanted: Prefix,
+            total: Total,
+            batch: WindowBatch,
         ) -> tuple[Prefix, Total]:
-            (value, logs), grads = jax.value_and_grad(loss.after, argnums=(0, 1), has_aux=True)(
-                params, state, batch
-            )
+            def forward(learnt: Params, state: Prefix) -> Summed:
+                return loss.after(joined(learnt, frozen), state, batch)
+
+            gradient = jax.value_and_grad(forward, argnums=(0, 1), has_aux=True)
+            (value, logs), grads = gradient(learnt, state)
             grads, asked = grads
             wanted = jax.tree.map(lambda x, y: x + y.astype(x.dtype), wanted, asked)
             total = jax.tree.map(jnp.add, total, (grads, {"loss": value, **logs}))
@@ -63,12 +73,19 @@ class SharedPrefixGradient:
 
         self.read, self.after, self.back = read, after, back
 
-    def add(self, params: Params, total: Total, batch: SharedBatch) -> Total:
-        """The sums with a micro-batch's added; the buffers of `total` are reused."""
+    def add(self, learnt: Params, frozen: Params, total: Total, batch: SharedBatch) -> Total:
+        """The sums with a micro-batch's added; the buffers of `total` are reused.
+
+        Args:
+            learnt: The parameters whose gradients are summed.
+            frozen: The others.
+            total: The sums so far.
+            batch: The micro-batch.
+        """
         prefix = place_batch(batch.prefix)
-        state, wanted, logs, backward = self.read(params, prefix, trained=batch.trained)
+        state, wanted, logs, backward = self.read(learnt, frozen, prefix, trained=batch.trained)
         for window in batch.windows:
-            wanted, total = self.after(params, state, wanted, total, place_batch(window))
+            wanted, total = self.after(learnt, frozen, state, wanted, total, place_batch(window))
         result: Total = self.back(backward, state, wanted, total, logs)
         return result
 

@@ -1,24 +1,27 @@
 """Computing a common prefix once changes nothing but the work: the gradient is naive training's."""
 
 from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
 from functools import cache
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from klong_jax.core.trajectory import Turn, cut_window, token_stream
 from klong_jax.models.config import DecoderConfig, DTypes, MoeConfig, Remat
-from klong_jax.models.decoder import build
+from klong_jax.models.decoder import abstract, build
 from klong_jax.models.routing import EXPERT_LOADS
 from klong_jax.rl.loss import RlLossConfig, rl_loss
 from klong_jax.sft.loss import sft_loss
 from klong_jax.splitting.policy import ContextPolicy, split
 from klong_jax.training.accumulate import Trainer, init_state
 from klong_jax.training.batches import Group, Layout, lay_out
+from klong_jax.training.frozen import Selection
 from klong_jax.training.optimizer import OptimizerConfig, make_optimizer
 
 LIMIT, VOCAB = 48, 50
@@ -56,13 +59,15 @@ def group(
 
 
 @cache
-def trainer(model: str, dtype: str, remat: Remat, objective: str) -> tuple[Trainer, object]:
+def trainer(
+    model: str, dtype: str, remat: Remat, objective: str, frozen: tuple[str, ...]
+) -> tuple[Trainer, object]:
     graph, params = build(MODELS[model], 0, DTypes(dtype, dtype))
     if objective == "rl":
         loss = rl_loss(graph, RlLossConfig(kl_beta=0.1, temperature=0.7), remat=remat)
     else:
         loss = sft_loss(graph, remat=remat)
-    return Trainer(loss, OPTIMIZER), params
+    return Trainer(loss, OPTIMIZER, selection=Selection(frozen)), params
 
 
 def gradients(
@@ -74,10 +79,11 @@ def gradients(
     dtype: str = "float64",
     remat: Remat = "none",
     objective: str = "sft",
+    frozen: tuple[str, ...] = (),
 ) -> tuple[list[np.ndarray], dict[str, np.ndarray]]:
     """Summed gradients and logs, with so many tokens at the front computed once a group."""
     with jax.enable_x64(dtype == "float64"):
-        made, params = trainer(model, dtype, remat, objective)
+        made, params = trainer(model, dtype, remat, objective, frozen)
         weights = np.linspace(-1, 1.5, len(groups)).tolist()
         total = None
         for batch in lay_out(groups, weights, Layout(LIMIT, rows, shared)):
@@ -160,6 +166,21 @@ def test_any_trajectories_give_the_gradient_of_whole_windows(
     found, shared_logs = gradients(groups, shared)
     assert off(found, whole) < 1e-12
     assert float(shared_logs["loss"]) == pytest.approx(float(logs["loss"]), rel=1e-12)
+
+
+def test_the_gradient_is_taken_of_what_is_learnt_alone() -> None:
+    frozen = ("embedding", "blocks.query.*", "blocks.up.*", "*.scale")
+    names = [".".join(path) for path, _ in nnx.to_flat_state(abstract(MODELS["tied"])[1])]
+    learnt = [not any(fnmatchcase(name, pattern) for pattern in frozen) for name in names]
+    assert 0 < sum(learnt) < len(names)
+    # One group is of a prefix too short to be shared.
+    groups = [*GROUPS, group(9, 7, prefix_len=10)]
+    everything, logs = gradients(groups, 16, rows=3, **CASES[0])
+    found, own_logs = gradients(groups, 16, rows=3, frozen=frozen, **CASES[0])
+    expected = [grad for grad, one in zip(everything, learnt, strict=True) if one]
+    assert [grad.shape for grad in found] == [grad.shape for grad in expected]
+    assert off(found, expected) < 1e-12
+    assert off(list(own_logs.values()), list(logs.values())) < 1e-12
 
 
 def test_nothing_is_compiled_again_however_many_windows_there_are() -> None:
