@@ -28,9 +28,11 @@ from klong_jax.pipelines.arena import Arena, open_arena
 from klong_jax.pipelines.config.commands import Reinforcing, RlConfig
 from klong_jax.pipelines.policy import (
     Policy,
+    adapted,
     describe_policy,
     fresh_state,
     load_policy,
+    merged,
 )
 from klong_jax.pipelines.process import (
     computing,
@@ -107,7 +109,8 @@ async def train(
         console: For progress.
     """
     section, temperature = config.rl, config.engine.temperature
-    optimizer = section.optimizer.config(0)
+    start, policy = policy, adapted(policy, section.lora, config.seed)
+    optimizer = section.optimizer.config(0, section.lora)
     numbers = RlLossConfig(section.clip, section.importance_cap, section.kl_beta, temperature)
     describe_policy(folder, policy)
     checkpoints = Checkpoints(folder / "checkpoints", policy.identity, tidy=True)
@@ -136,21 +139,24 @@ async def train(
                 section.router_bias_rate,
                 optimizer.selection,
             ),
-            _collector(shape, [task.task_id for task in tasks], arena),
-            make_refer(policy.graph, policy.params, temperature)
+            _collector(shape, [task.task_id for task in tasks], arena, policy),
+            make_refer(start.graph, start.params, temperature)
             if section.kl_beta > 0
             else lambda batch: batch,
             checkpoints,
             metrics,
             on_step=lambda row: advance(1, _remark(row)),
         )
-    return replace(policy, params=served_params(state.params, state.opt_state))
+    return merged(replace(policy, params=served_params(state.params, state.opt_state)))
 
 
-def _collector(config: RlRunConfig, task_ids: Sequence[str], arena: Arena | None) -> Collect:
+def _collector(
+    config: RlRunConfig, task_ids: Sequence[str], arena: Arena | None, policy: Policy
+) -> Collect:
     """Rolls out in the first process, with what its devices hold, and tells the others."""
 
     async def collect(params: Params, position: Position, step: int) -> RlBatch:
+        params = merged(replace(policy, params=params)).params
         mesh = jax.sharding.get_mesh()
         own = own_part(params, mesh, param_specs(params, mesh, SERVING))
         give: Callable[[], RlBatch] = _untold

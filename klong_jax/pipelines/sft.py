@@ -17,9 +17,11 @@ from klong_jax.pipelines.config.training import DrillSection, SftSection
 from klong_jax.pipelines.dialect import make_dialect
 from klong_jax.pipelines.policy import (
     Policy,
+    adapted,
     describe_policy,
     fresh_state,
     load_policy,
+    merged,
     new_policy,
 )
 from klong_jax.pipelines.process import (
@@ -101,7 +103,8 @@ def train(
         Preempted: SIGTERM was sent; the last step is saved.
     """
     steps = sum(phase.steps for phase in phases)
-    optimizer = section.optimizer.config(steps)
+    policy = adapted(policy, section.lora, seed)
+    optimizer = section.optimizer.config(steps, section.lora)
     describe_policy(folder, policy)
     checkpoints = Checkpoints(
         folder / "checkpoints", policy.identity, section.keep_last, section.keep_best, tidy=True
@@ -122,7 +125,9 @@ def train(
             Trainer(loss, make_optimizer(optimizer), section.router_bias_rate, optimizer.selection),
             checkpoints,
             metrics,
-            Meter.of_devices(policy.config, jax.device_count(), kind),
+            Meter.of_devices(
+                policy.config, jax.device_count(), kind, optimizer.selection.share(policy.params)
+            ),
             seed=seed,
             save_every=section.save_every,
             on_step=lambda row: advance(1, f"{row['phase']}: loss {row['loss']:.3f}"),
@@ -131,7 +136,7 @@ def train(
         )
     if preemption.agreed:
         raise Preempted
-    return replace(policy, params=served_params(state.params, state.opt_state))
+    return merged(replace(policy, params=served_params(state.params, state.opt_state)))
 
 
 def drill_windows(

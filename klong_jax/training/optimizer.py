@@ -30,6 +30,7 @@ class OptimizerConfig:
         schedule: How the rate goes after the warm-up; see `make_schedule`.
         decay_share: The share of all steps over which "wsd" falls.
         frozen: Patterns of the names of parameters that are left as they are.
+        learnt: Patterns of names outside of which all parameters are left so too.
         ema_decay: What the moving average of the parameters keeps of itself at each step; 0 makes
             none.
     """
@@ -45,12 +46,13 @@ class OptimizerConfig:
     schedule: Schedule = "cosine"
     decay_share: float = 0.2
     frozen: tuple[str, ...] = ()
+    learnt: tuple[str, ...] = ("*",)
     ema_decay: float = 0.0
 
     @property
     def selection(self) -> Selection:
         """Which parameters the optimiser is given."""
-        return Selection(self.frozen)
+        return Selection(self.frozen, self.learnt)
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
