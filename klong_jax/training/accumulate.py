@@ -21,6 +21,7 @@ from klong_jax.parallel.rules import constrain_params, placed
 from klong_jax.training.batches import SharedBatch, WindowBatch, place_batch
 from klong_jax.training.frozen import EVERYTHING, Selection, joined
 from klong_jax.training.loss import Summed, WindowLoss
+from klong_jax.training.offload import Optimizer, take_step
 from klong_jax.training.shared_prefix import SharedPrefixGradient
 
 
@@ -43,7 +44,7 @@ class TrainState:
 
 
 def init_state(
-    params: Params, optimizer: optax.GradientTransformation, selection: Selection = EVERYTHING
+    params: Params, optimizer: Optimizer, selection: Selection = EVERYTHING
 ) -> TrainState:
     """A fresh state around parameters, spread as they are.
 
@@ -60,7 +61,7 @@ def init_state(
 
 
 def abstract_state(
-    params: Params, optimizer: optax.GradientTransformation, selection: Selection = EVERYTHING
+    params: Params, optimizer: Optimizer, selection: Selection = EVERYTHING
 ) -> TrainState:
     """The shapes of a state and where they would live: takes no memory.
 
@@ -91,7 +92,7 @@ class Trainer:
     def __init__(
         self,
         loss: WindowLoss,
-        optimizer: optax.GradientTransformation,
+        optimizer: Optimizer,
         router_bias_rate: float = 0.0,
         selection: Selection = EVERYTHING,
     ) -> None:
@@ -114,8 +115,7 @@ class Trainer:
         @partial(jax.jit, donate_argnums=0)
         def update(state: TrainState, grads: Params, scale: Array) -> tuple[TrainState, Array]:
             grads = jax.tree.map(lambda grad: grad * scale, grads)
-            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-            params = optax.apply_updates(state.params, updates)
+            params, opt_state = take_step(optimizer, grads, state.opt_state, state.params)
             state = constrain_params(TrainState(params, opt_state, state.step + 1))
             return state, optax.tree.norm(grads)
 

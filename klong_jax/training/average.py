@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array
 
 from klong_jax.models.decoder import Params
 from klong_jax.training.frozen import joined, restricted
@@ -54,5 +55,10 @@ def served_params(params: Params, opt_state: Any) -> Params:
     if not isinstance(opt_state, Averaged):
         return params
     average = opt_state.average
-    learnt = restricted(params, average)
-    return joined(params, jax.tree.map(lambda x, like: x.astype(like.dtype), average, learnt))
+
+    def served(mean: Array, like: Array) -> Array:
+        # It may be in the host's memory, where nothing is computed.
+        held: Array = jax.device_put(mean, mean.sharding.with_memory_kind("device"))
+        return held.astype(like.dtype)
+
+    return joined(params, jax.tree.map(served, average, restricted(params, average)))

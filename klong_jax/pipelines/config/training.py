@@ -179,6 +179,8 @@ class OptimizerSection(Section):
     ema_decay: float = Field(ge=0, lt=1)
     """What a moving average of the parameters keeps of itself at each step; it is then what the
     trained policy acts with. 0 makes none."""
+    offload: bool
+    """Hold the optimiser's state in the host's memory; the device sees it a layer at a time."""
 
     def config(self, total_steps: int, lora: "LoraSection") -> "OptimizerConfig":
         """The optimiser's config; total_steps=0 keeps the rate constant after the warm-up."""
@@ -198,6 +200,7 @@ class OptimizerSection(Section):
             frozen=self.frozen,
             learnt=ADAPTERS if lora.rank else ("*",),
             ema_decay=self.ema_decay,
+            offload=self.offload,
         )
 
 
