@@ -21,7 +21,7 @@ from klong_jax.parallel.rules import constrain_params, placed
 from klong_jax.training.batches import SharedBatch, WindowBatch, place_batch
 from klong_jax.training.frozen import EVERYTHING, Selection, joined
 from klong_jax.training.loss import Summed, WindowLoss
-from klong_jax.training.offload import Optimizer, take_step
+from klong_jax.training.offload import Offloaded, Optimizer, in_place, take_step
 from klong_jax.training.shared_prefix import SharedPrefixGradient
 
 
@@ -112,7 +112,6 @@ class Trainer:
             total, sums = jax.tree.map(jnp.add, total, (grads, {"loss": value, **logs}))
             return constrain_params(total), sums
 
-        @partial(jax.jit, donate_argnums=0)
         def update(state: TrainState, grads: Params, scale: Array) -> tuple[TrainState, Array]:
             grads = jax.tree.map(lambda grad: grad * scale, grads)
             params, opt_state = take_step(optimizer, grads, state.opt_state, state.params)
@@ -124,7 +123,9 @@ class Trainer:
             return constrain_params(balance_routers(params, loads, router_bias_rate))
 
         self.selection = selection
-        self.start, self.accumulate, self.update = start, accumulate, update
+        self.start, self.accumulate = start, accumulate
+        held = isinstance(optimizer, Offloaded)
+        self.update = in_place(update) if held else jax.jit(update, donate_argnums=0)
         self._shared = SharedPrefixGradient(loss)
         self._balance = balance if router_bias_rate > 0 else None
 

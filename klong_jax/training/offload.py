@@ -67,6 +67,26 @@ def take_step(
     return optax.apply_updates(params, updates), state
 
 
+def in_place(update: Callable[..., tuple[Any, Any]]) -> Any:
+    """Compiles an update of a state each part of which stays in the memory that it is in.
+
+    Said or not, parts go where the update puts them; but unless it is said, JAX may reuse the
+    buffer of a moment on the host for a parameter of the same shape on the device.
+
+    Args:
+        update: Gives the new state first; the buffers of the old, its first argument, are reused.
+    """
+    compiled: list[Any] = []
+
+    def call(state: Any, *others: Any) -> Any:
+        if not compiled:
+            where = jax.tree.map(lambda leaf: leaf.sharding, state)
+            compiled.append(jax.jit(update, donate_argnums=0, out_shardings=(where, None)))
+        return compiled[0](state, *others)
+
+    return call
+
+
 def _layerwise(step: _Step, grads: Params, state: Any, params: Params) -> tuple[Params, Any]:
     """A step of one layer after another; what is of no parameter is the same for all layers."""
     nodes, structure = jax.tree.flatten(state, is_leaf=_of_params)
