@@ -11,6 +11,9 @@ Remat = Literal["none", "dots", "attention", "full"]
 matrix multiplications and what attention gave; its input and what attention gave; its input. The
 later in this order, the more is computed a second time."""
 
+Target = Literal["query", "key", "value", "output", "gate", "up", "down"]
+"""Matrices that adapters can stand beside; the last three are those of MLPs and shared experts."""
+
 DType = Literal["float32", "bfloat16", "float64"]
 
 
@@ -167,3 +170,41 @@ class DecoderConfig:
             "moe": MoeConfig(**moe) if moe else None,
         }
         return cls(**{**fields, **nested})
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Which matrices are adapted, and how.
+
+    Attributes:
+        rank: Columns of A and rows of B.
+        alpha: What an adapter gives is multiplied by alpha / rank.
+        targets: Names of the matrices.
+    """
+
+    rank: int
+    alpha: float
+    targets: tuple[Target, ...]
+
+    @property
+    def scale(self) -> float:
+        """What A B is multiplied by."""
+        return self.alpha / self.rank
+
+    @property
+    def name(self) -> str:
+        """Identifies the adapters; a checkpoint of others is refused."""
+        return f"rank {self.rank}, alpha {self.alpha:g}, {' '.join(sorted(self.targets))}"
+
+    def to_json(self) -> dict[str, Any]:
+        """The numbers as a JSON object."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> "LoraConfig":
+        """Reads what `to_json` wrote.
+
+        Raises:
+            TypeError: A field is missing or unknown.
+        """
+        return cls(**{**fields, "targets": tuple(fields["targets"])})

@@ -46,6 +46,27 @@ def forward_flops(config: DecoderConfig, rows: int, new: int, cached: int, predi
     return float(rows * (attention + matrices + logits))
 
 
+def training_flops(
+    config: DecoderConfig, new: int, cached: int, predicted: int, learnt: float = 1.0
+) -> float:
+    """Operations of a forward and a backward pass over one sequence.
+
+    Each product of the forward pass takes two in the backward pass, one for the gradient of each
+    factor; that of a matrix which is not learnt is left out.
+
+    Args:
+        config: The decoder.
+        new: Tokens that are computed.
+        cached: Tokens before them, whose keys and values are known.
+        predicted: Tokens whose logits are computed.
+        learnt: The share of the parameters that are learnt.
+    """
+    forward = forward_flops(config, 1, new, cached, predicted)
+    matrices = new * layer_matrices(config, active=True)
+    matrices += predicted * config.vocab_size * config.hidden_size
+    return 3 * forward - (1 - learnt) * 2 * matrices
+
+
 def repeated_flops(config: DecoderConfig, remat: Remat, rows: int, new: int, cached: int) -> float:
     """Operations of a forward pass that the backward pass repeats under a policy.
 
@@ -127,26 +148,31 @@ def cache_numbers(config: DecoderConfig) -> int:
 
 
 def prefix_sharing_flops(
-    config: DecoderConfig, prefix: int, fresh: Sequence[int], *, prefix_trained: bool = True
+    config: DecoderConfig,
+    prefix: int,
+    fresh: Sequence[int],
+    *,
+    prefix_trained: bool = True,
+    learnt: float = 1.0,
 ) -> tuple[float, float]:
     """Operations of training on windows with a common prefix, forward and backward.
 
     Every token's prediction is computed, but for those of a prefix that is computed once and not
-    trained; the backward pass takes twice the forward pass. Nothing is counted for layers that are
-    computed again to save memory.
+    trained. Nothing is counted for layers that are computed again to save memory.
 
     Args:
         config: The decoder.
         prefix: Tokens that all windows begin with.
         fresh: Tokens of each window behind them.
         prefix_trained: Whether any token of the prefix is trained.
+        learnt: The share of the parameters that are learnt.
 
     Returns:
         With the prefix computed in every window, and with its keys and values computed once.
     """
 
     def both(new: int, cached: int, predicted: int) -> float:
-        return 3 * forward_flops(config, 1, new, cached, predicted)
+        return training_flops(config, new, cached, predicted, learnt)
 
     naive = sum(both(prefix + tokens, 0, prefix + tokens) for tokens in fresh)
     once = both(prefix, 0, prefix if prefix_trained else 0)

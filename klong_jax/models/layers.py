@@ -13,9 +13,18 @@ from klong_jax.parallel.rules import constrain
 INIT = nnx.initializers.normal(0.02)
 
 
+class Linear(nnx.Linear):
+    """A matrix, and beside it an adapter if it was given one (`lora`, `lora_scale`)."""
+
+    def __call__(self, x: Float[Array, "*b n"]) -> Float[Array, "*b m"]:
+        """What the matrix makes of rows, and what the adapter adds to that."""
+        y = super().__call__(x)
+        return y + self.lora_scale * self.lora(x) if hasattr(self, "lora") else y
+
+
 def linear(n_in: int, n_out: int, dtypes: DTypes, rngs: nnx.Rngs, *, bias: bool = False) -> Any:
     """A matrix, with a bias if asked for."""
-    return nnx.Linear(
+    return Linear(
         n_in,
         n_out,
         use_bias=bias,

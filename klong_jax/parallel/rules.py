@@ -83,6 +83,11 @@ _PARAMETERS: dict[tuple[str, ...], tuple[str | None, ...]] = {
     ("up", "kernel"): ("stored_embed", "mlp"),
     ("down", "kernel"): ("mlp", "stored_embed"),
 }
+# The factors of an adapter lie as the matrix beside them; their rank is never cut.
+for _name in ("query", "key", "value", "output", "gate", "up", "down"):
+    _inputs, _outputs = _PARAMETERS[_name, "kernel"]
+    _PARAMETERS[_name, "lora", "lora_a"] = (_inputs, None)
+    _PARAMETERS[_name, "lora", "lora_b"] = (None, _outputs)
 
 _rules: Any = jax.make_user_context(TRAINING)
 

@@ -11,14 +11,15 @@ from jax.sharding import Mesh
 from klong_jax.core.errors import UserError
 from klong_jax.core.jsonio import read_json, write_json
 from klong_jax.engine.engine import Engine, EngineConfig, Scope
-from klong_jax.models.config import DecoderConfig, DTypes
-from klong_jax.models.decoder import Decoder, Params, build
+from klong_jax.models.config import DecoderConfig, DTypes, LoraConfig
+from klong_jax.models.decoder import Decoder, Params, abstract, build
 from klong_jax.models.hf.files import copy_side_files
+from klong_jax.models.lora import ADAPTERS, adapt, merge_adapters
 from klong_jax.models.placed import placed
 from klong_jax.parallel.distributed import is_first, together
 from klong_jax.parallel.rules import param_shardings, spread
 from klong_jax.pipelines.config.acting import EngineSection
-from klong_jax.pipelines.config.training import ModelSection
+from klong_jax.pipelines.config.training import LoraSection, ModelSection
 from klong_jax.pipelines.dialect import load_dialect, save_dialect
 from klong_jax.splitting.policy import ContextPolicy
 from klong_jax.text.chat import Chat
@@ -27,10 +28,12 @@ from klong_jax.text.template_chat import TemplateChat
 from klong_jax.text.tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokenizer
 from klong_jax.training.accumulate import TrainState, init_state
 from klong_jax.training.checkpoint import Checkpoints
+from klong_jax.training.frozen import Selection, joined
 from klong_jax.training.optimizer import OptimizerConfig, make_optimizer
 
 _ORIGIN = "huggingface"
 _CHECKPOINTS = "checkpoints"
+_ADAPTERS = "set of adapters"
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ class Policy:
         origin: Folder with the config.json and the other small files of the Hugging Face model
             that it came from, if it did.
         learnt: The chat dialect that it was trained in; ChatML if not given.
+        lora: The adapters in training, if graph and parameters have any.
     """
 
     config: DecoderConfig
@@ -55,6 +59,7 @@ class Policy:
     dtypes: DTypes
     origin: Path | None = None
     learnt: Dialect | None = None
+    lora: LoraConfig | None = None
 
     @property
     def dialect(self) -> Dialect:
@@ -70,7 +75,8 @@ class Policy:
     @property
     def identity(self) -> dict[str, str]:
         """What a checkpoint of this policy must match."""
-        return {"model": self.config.fingerprint, "tokenizer": self.tokenizer.content_hash}
+        model = {"model": self.config.fingerprint, "tokenizer": self.tokenizer.content_hash}
+        return {**model, _ADAPTERS: self.lora.name} if self.lora else model
 
     @property
     def parameters(self) -> int:
@@ -117,7 +123,10 @@ def describe_policy(folder: Path, policy: Policy) -> None:
         raise UserError("tokenizer.path: training needs a tokenizer.json, not a .model file.")
     if not is_first():
         return
-    write_json(folder / "model.json", {**policy.config.to_json(), "dtypes": asdict(policy.dtypes)})
+    described = {**policy.config.to_json(), "dtypes": asdict(policy.dtypes)}
+    if policy.lora is not None:
+        described["lora"] = policy.lora.to_json()
+    write_json(folder / "model.json", described)
     policy.tokenizer.save(folder / "tokenizer.json")
     if policy.learnt is not None:
         save_dialect(folder, policy.learnt)
@@ -126,7 +135,7 @@ def describe_policy(folder: Path, policy: Policy) -> None:
 
 
 def load_policy(folder: Path, *, as_stored: bool = False, mesh: Mesh | None = None) -> Policy:
-    """Reads a checkpoint of a policy's folder.
+    """Reads a checkpoint of a policy's folder; adapters are merged into their matrices.
 
     Args:
         folder: Holds model.json, tokenizer.json and checkpoints/, of which the latest is taken;
@@ -144,12 +153,14 @@ def load_policy(folder: Path, *, as_stored: bool = False, mesh: Mesh | None = No
     fields: dict[str, Any] = read_json(folder / "model.json")
     try:
         dtypes = DTypes(**fields.pop("dtypes"))
+        adapters = fields.pop("lora", None)
+        lora = LoraConfig.from_json(adapters) if adapters else None
         config = DecoderConfig.from_json(fields)
     except (TypeError, KeyError) as error:
         raise UserError(
             f"{folder}/model.json: {error}; it was written by another version."
         ) from None
-    graph, shapes = placed(config, dtypes, mesh)
+    graph, shapes = placed(config, dtypes, mesh, lora)
     tokenizer = load_tokenizer(folder / "tokenizer.json")
     origin = folder / _ORIGIN
     policy = Policy(
@@ -160,11 +171,12 @@ def load_policy(folder: Path, *, as_stored: bool = False, mesh: Mesh | None = No
         dtypes,
         origin if origin.is_dir() else None,
         load_dialect(folder, tokenizer),
+        lora,
     )
     checkpoints = Checkpoints(folder / _CHECKPOINTS, policy.identity)
     trained = checkpoints.restore_params(shapes, as_stored=as_stored, step=step)
     checkpoints.close()
-    return replace(policy, params=trained)
+    return merged(replace(policy, params=trained))
 
 
 def _check(folder: Path) -> None:
@@ -195,11 +207,39 @@ def make_engine(
     )
 
 
+def adapted(policy: Policy, section: LoraSection, seed: int) -> Policy:
+    """The policy with fresh adapters on the active mesh; itself where the rank is 0.
+
+    Raises:
+        UserError: The model has no matrix of a name.
+    """
+    lora = section.config()
+    if lora is None:
+        return policy
+    graph, params = adapt(policy.graph, policy.params, lora, policy.dtypes, seed)
+    mesh = jax.sharding.get_mesh()
+    if not mesh.empty:
+        fresh, base = Selection(learnt=ADAPTERS).split(params)
+        fresh = jax.tree.map(spread, fresh, param_shardings(fresh, mesh))
+        params = joined(base, fresh)
+    return replace(policy, graph=graph, params=params, lora=lora)
+
+
+def merged(policy: Policy) -> Policy:
+    """The policy with its adapters added to the matrices beside them, as it acts and is read."""
+    if policy.lora is None:
+        return policy
+    graph, _ = abstract(policy.config, policy.dtypes)
+    params = merge_adapters(policy.params, policy.lora)
+    return replace(policy, graph=graph, params=params, lora=None)
+
+
 def fresh_state(policy: Policy, optimizer: OptimizerConfig) -> TrainState:
     """The policy's parameters with an optimiser that has seen nothing.
 
-    Parameters are copied: a training step reuses the buffers of its state.
+    What is learnt is copied: a training step reuses its buffers.
     """
-    return init_state(
-        jax.tree.map(lambda leaf: leaf.copy(), policy.params), make_optimizer(optimizer)
-    )
+    learnt, frozen = optimizer.selection.split(policy.params)
+    copied = jax.tree.map(lambda leaf: leaf.copy(), learnt)
+    params = joined(copied, frozen)
+    return init_state(params, make_optimizer(optimizer), optimizer.selection)

@@ -5,7 +5,7 @@ allocated, so the mesh may be of devices that are not here.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -123,13 +123,17 @@ def _compile(lowered: Any) -> Program:
 def _training(plan: Plan, loss: Callable[[Any], WindowLoss]) -> Iterator[Compiled]:
     graph, params = abstract(plan.model, DTypes("float32", "bfloat16"))
     optimizer = make_optimizer(plan.optimizer)
-    state = abstract_state(params, optimizer)
+    selection = plan.optimizer.selection
+    state = abstract_state(params, optimizer, selection)
+    learnt, _ = selection.split(state.params)
+    own = replace(state, params=learnt)
     layout = Layout(plan.length, plan.rows, (plan.shared,))
-    for made in compile_step(Trainer(loss(graph), optimizer), state, layout, _compile):
+    trainer = Trainer(loss(graph), optimizer, selection=selection)
+    for made in compile_step(trainer, state, layout, _compile):
         title, whole, once = _STEPS[made.name]
         if made.name == "update":
             # Gradient and three arrays of the state are read, the three are written.
-            work = Work(0.0, 0.0, device_bytes((state, state, state.params)), {})
+            work = Work(0.0, 0.0, device_bytes((own, own, learnt)), {})
         else:
             work = _gradient_work(plan, made.name)
         runs = [plan.together if runs == "windows" else runs for runs in (whole, once)]

@@ -45,7 +45,8 @@ class Step:
         compute: The dtype of what layers keep.
         state: The shapes of what it changes, which is not there yet.
         layouts: The shapes of its micro-batches.
-        beside: Bytes on a device of what else will be there by then.
+        beside: Bytes on a device of what else will be there by then, less what of the step is there
+            already.
     """
 
     trainer: Callable[[Remat], Trainer]
@@ -115,11 +116,17 @@ def _choose(step: Step) -> tuple[Remat, Trainer, str]:
 
 
 def least_bytes(step: Step, remat: Remat) -> int:
-    """Bytes of a device that a step takes at least: state, gradients, and what layers keep."""
+    """Bytes of a device that a step takes at least: state, gradients, and what layers keep.
+
+    What layers keep less if a part of the parameters is frozen depends on the part.
+    """
     devices = jax.sharding.get_mesh().size or 1
     tokens = max(rounded_up(layout.rows, "batch") * layout.length for layout in step.layouts)
     kept = tokens * kept_numbers(step.model, remat) * jnp.dtype(step.compute).itemsize
-    return step.beside + device_bytes((step.state, step.state.params)) + kept // devices
+    learnt, frozen = step.trainer(remat).selection.split(step.state.params)
+    if jax.tree.leaves(frozen):
+        kept = 0
+    return step.beside + device_bytes((step.state, learnt)) + kept // devices
 
 
 def needed_bytes(step: Step, trainer: Trainer) -> int | None:

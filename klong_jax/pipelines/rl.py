@@ -17,6 +17,7 @@ from klong_jax.core.errors import UserError
 from klong_jax.core.task import Task
 from klong_jax.models.config import Remat
 from klong_jax.models.decoder import Params
+from klong_jax.models.lora import ADAPTERS, adapted_matrices
 from klong_jax.parallel.distributed import (
     from_first,
     is_first,
@@ -30,9 +31,11 @@ from klong_jax.pipelines.arena import Arena, open_arena
 from klong_jax.pipelines.config.commands import Reinforcing, RlConfig
 from klong_jax.pipelines.policy import (
     Policy,
+    adapted,
     describe_policy,
     fresh_state,
     load_policy,
+    merged,
 )
 from klong_jax.pipelines.process import (
     computing,
@@ -50,9 +53,11 @@ from klong_jax.rl.run import Collect, RlRunConfig, roll_out, run_rl
 from klong_jax.rl.stages import Position
 from klong_jax.text.tasks import load_tasks
 from klong_jax.training.accumulate import Trainer, abstract_state
+from klong_jax.training.ahead import device_bytes
 from klong_jax.training.average import served_params
 from klong_jax.training.batches import Layout
 from klong_jax.training.checkpoint import Checkpoints
+from klong_jax.training.frozen import Selection
 from klong_jax.training.metrics import MetricsLog
 from klong_jax.training.optimizer import make_optimizer
 
@@ -110,16 +115,21 @@ async def train(
         console: For progress.
     """
     section, temperature = config.rl, config.engine.temperature
-    optimizer = section.optimizer.config(0)
+    start, policy = policy, adapted(policy, section.lora, config.seed)
+    optimizer = section.optimizer.config(0, section.lora)
     numbers = RlLossConfig(section.clip, section.importance_cap, section.kl_beta, temperature)
     describe_policy(folder, policy)
     checkpoints = Checkpoints(folder / "checkpoints", policy.identity, tidy=True)
     done = checkpoints.latest() or 0
     total = sum(s.max_steps for s in section.stages)
 
+    _, frozen = optimizer.selection.split(policy.params)
+
     def trainer(remat: Remat) -> Trainer:
         loss = rl_loss(policy.graph, numbers, remat=remat, scan_layers=section.scan_layers)
-        return Trainer(loss, make_optimizer(optimizer), section.router_bias_rate)
+        return Trainer(
+            loss, make_optimizer(optimizer), section.router_bias_rate, optimizer.selection
+        )
 
     shape = RlRunConfig(
         stages=section.timeline(),
@@ -138,9 +148,9 @@ async def train(
         trainer,
         policy.config,
         policy.dtypes.compute,
-        abstract_state(policy.params, make_optimizer(optimizer)),
+        abstract_state(policy.params, make_optimizer(optimizer), optimizer.selection),
         [shape.layout],
-        _served_bytes(policy.params),
+        _served_bytes(policy.params) - device_bytes(frozen),
     )
     trains = fitting_trainer(section.remat, fitting, folder, console)
     metrics = together(lambda: MetricsLog(folder / "metrics.jsonl", done, section.log_to))
@@ -153,34 +163,39 @@ async def train(
             shape,
             fresh_state(policy, optimizer),
             trains,
-            _collector(shape, [task.task_id for task in tasks], arena),
-            make_refer(policy.graph, policy.params, temperature)
+            _collector(shape, [task.task_id for task in tasks], arena, policy),
+            make_refer(start.graph, start.params, temperature)
             if section.kl_beta > 0
             else lambda batch: batch,
             checkpoints,
             metrics,
             on_step=lambda row: advance(1, _remark(row)),
         )
-    return replace(policy, params=served_params(state.params, state.opt_state))
+    return merged(replace(policy, params=served_params(state.params, state.opt_state)))
 
 
 def _served_bytes(params: Params) -> int:
-    """Bytes on a device of the parameters with which rollouts are served.
+    """Bytes on a device of what rollouts are served with, beside what is trained.
 
-    One device serves with those that it trains; of several, each holds more than its part.
+    One device serves with the parameters that it trains, but for matrices that adapters are added
+    to; of several, each holds more than its part.
     """
     mesh = jax.sharding.get_mesh()
     if mesh.size == 1:
-        return 0
-    places = param_shardings(params, mesh, SERVING)
-    leaves = zip(jax.tree.leaves(params), jax.tree.leaves(places), strict=True)
+        return device_bytes(adapted_matrices(params))
+    _, served = Selection(learnt=ADAPTERS).split(params)
+    places = param_shardings(served, mesh, SERVING)
+    leaves = zip(jax.tree.leaves(served), jax.tree.leaves(places), strict=True)
     return sum(prod(at.shard_shape(x.shape)) * x.dtype.itemsize for x, at in leaves)
 
 
-def _collector(config: RlRunConfig, task_ids: Sequence[str], arena: Arena | None) -> Collect:
+def _collector(
+    config: RlRunConfig, task_ids: Sequence[str], arena: Arena | None, policy: Policy
+) -> Collect:
     """Rolls out in the first process, with what its devices hold, and tells the others."""
 
     async def collect(params: Params, position: Position, step: int) -> RlBatch:
+        params = merged(replace(policy, params=params)).params
         mesh = jax.sharding.get_mesh()
         own = own_part(params, mesh, param_specs(params, mesh, SERVING))
         give: Callable[[], RlBatch] = _untold

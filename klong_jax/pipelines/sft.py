@@ -19,9 +19,11 @@ from klong_jax.pipelines.config.training import DrillSection, SftSection
 from klong_jax.pipelines.dialect import make_dialect
 from klong_jax.pipelines.policy import (
     Policy,
+    adapted,
     describe_policy,
     fresh_state,
     load_policy,
+    merged,
     new_policy,
 )
 from klong_jax.pipelines.process import (
@@ -44,6 +46,7 @@ from klong_jax.splitting.policy import ContextPolicy
 from klong_jax.text.dialect import Dialect
 from klong_jax.text.tokenizer import bundled_tokenizer, load_tokenizer
 from klong_jax.training.accumulate import Trainer, abstract_state
+from klong_jax.training.ahead import device_bytes
 from klong_jax.training.average import served_params
 from klong_jax.training.checkpoint import Checkpoints
 from klong_jax.training.metrics import MetricsLog, read_metrics
@@ -134,7 +137,8 @@ def train(
         Preempted: SIGTERM was sent; the last step is saved.
     """
     steps = sum(phase.steps for phase in phases)
-    optimizer = section.optimizer.config(steps)
+    policy = adapted(policy, section.lora, seed)
+    optimizer = section.optimizer.config(steps, section.lora)
     describe_policy(folder, policy)
     checkpoints = Checkpoints(
         folder / "checkpoints", policy.identity, section.keep_last, section.keep_best, tidy=True
@@ -143,16 +147,21 @@ def train(
     metrics = together(lambda: MetricsLog(folder / "metrics.jsonl", done, section.log_to))
     kind = jax.devices()[0].device_kind
 
+    _, frozen = optimizer.selection.split(policy.params)
+
     def trainer(remat: Remat) -> Trainer:
         loss = sft_loss(policy.graph, remat=remat, scan_layers=section.scan_layers)
-        return Trainer(loss, make_optimizer(optimizer), section.router_bias_rate)
+        return Trainer(
+            loss, make_optimizer(optimizer), section.router_bias_rate, optimizer.selection
+        )
 
     fitting = Step(
         trainer,
         policy.config,
         policy.dtypes.compute,
-        abstract_state(policy.params, make_optimizer(optimizer)),
+        abstract_state(policy.params, make_optimizer(optimizer), optimizer.selection),
         [phase.data.layout(phase.micro_batch) for phase in phases],
+        -device_bytes(frozen),
     )
     trains = fitting_trainer(section.remat, fitting, folder, console)
     with (
@@ -167,7 +176,9 @@ def train(
             trains,
             checkpoints,
             metrics,
-            Meter.of_devices(policy.config, jax.device_count(), kind),
+            Meter.of_devices(
+                policy.config, jax.device_count(), kind, optimizer.selection.share(policy.params)
+            ),
             seed=seed,
             save_every=section.save_every,
             on_step=lambda row: advance(1, f"{row['phase']}: loss {row['loss']:.3f}"),
@@ -176,7 +187,7 @@ def train(
         )
     if preemption.agreed:
         raise Preempted
-    return replace(policy, params=served_params(state.params, state.opt_state))
+    return merged(replace(policy, params=served_params(state.params, state.opt_state)))
 
 
 def rows_share(section: SftSection) -> float:

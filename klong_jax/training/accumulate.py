@@ -19,7 +19,9 @@ from klong_jax.models.decoder import Params
 from klong_jax.models.routing import EXPERT_LOADS, balance_routers, load_statistics
 from klong_jax.parallel.rules import constrain_params, placed
 from klong_jax.training.batches import SharedBatch, WindowBatch, place_batch
-from klong_jax.training.loss import WindowLoss
+from klong_jax.training.frozen import EVERYTHING, Selection, joined
+from klong_jax.training.loss import Summed, WindowLoss
+from klong_jax.training.offload import InPlace, Offloaded, Optimizer, on_host, take_step
 from klong_jax.training.shared_prefix import SharedPrefixGradient
 
 
@@ -32,7 +34,7 @@ class TrainState:
 
     Attributes:
         params: The model's parameters.
-        opt_state: The optimiser's state.
+        opt_state: The optimiser's state, of the parameters that are learnt.
         step: Steps taken, int32.
     """
 
@@ -41,24 +43,37 @@ class TrainState:
     step: Array
 
 
-def init_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
-    """A fresh state around parameters, spread as they are."""
+def init_state(
+    params: Params, optimizer: Optimizer, selection: Selection = EVERYTHING
+) -> TrainState:
+    """A fresh state around parameters, spread as they are.
+
+    Raises:
+        UserError: The selection fits no parameter, or leaves nothing to learn.
+    """
 
     @jax.jit
-    def start(params: Params) -> Any:
-        return constrain_params((optimizer.init(params), jnp.zeros((), jnp.int32)))
+    def start(learnt: Params) -> Any:
+        return constrain_params((optimizer.init(learnt), jnp.zeros((), jnp.int32)))
 
-    return TrainState(params, *start(params))
+    selection.check(params)
+    return TrainState(params, *start(selection.split(params)[0]))
 
 
-def abstract_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
+def abstract_state(
+    params: Params, optimizer: Optimizer, selection: Selection = EVERYTHING
+) -> TrainState:
     """The shapes of a state and where they would live: takes no memory.
 
     Args:
         params: Parameters or their shapes.
         optimizer: The optimiser.
+        selection: Which parameters are learnt.
     """
-    state: TrainState = placed(jax.eval_shape(partial(init_state, optimizer=optimizer), params))
+    init = partial(init_state, optimizer=optimizer, selection=selection)
+    state: TrainState = placed(jax.eval_shape(init, params))
+    if isinstance(optimizer, Offloaded):
+        return replace(state, opt_state=on_host(state.opt_state))
     return state
 
 
@@ -66,38 +81,43 @@ class Trainer:
     """Accumulates gradients over micro-batches and applies one update.
 
     A loss of a model with experts logs how many tokens each took; a step turns that into statistics
-    and, at a `router_bias_rate` above 0, moves the routers' biases against it.
+    and, at a `router_bias_rate` above 0, moves the routers' biases against it, if they are learnt.
 
     Attributes:
+        selection: Which parameters are learnt; all sums of gradients are of these.
         start: Sums of nothing: zero gradients and logs for parameters and a micro-batch.
         accumulate: Adds a micro-batch's gradients and logs to the sums.
         shared: The same for windows whose prefix is computed once.
-        update: Takes an optimiser step with the summed gradients.
+        update: Takes an optimiser step with the summed gradients; its state has learnt parameters
+            only.
     """
 
     def __init__(
         self,
         loss: WindowLoss,
-        optimizer: optax.GradientTransformation,
+        optimizer: Optimizer,
         router_bias_rate: float = 0.0,
+        selection: Selection = EVERYTHING,
     ) -> None:
+        def joined_loss(learnt: Params, frozen: Params, batch: WindowBatch) -> Summed:
+            return loss(joined(learnt, frozen), batch)
+
         @jax.jit
-        def start(params: Params, batch: WindowBatch) -> Any:
-            value, logs = jax.eval_shape(loss, params, batch)
-            zeros, sums = jax.tree.map(jnp.zeros_like, (params, {"loss": value, **logs}))
+        def start(learnt: Params, frozen: Params, batch: WindowBatch) -> Any:
+            value, logs = jax.eval_shape(joined_loss, learnt, frozen, batch)
+            zeros, sums = jax.tree.map(jnp.zeros_like, (learnt, {"loss": value, **logs}))
             return constrain_params(zeros), sums
 
-        @partial(jax.jit, donate_argnums=1)
-        def accumulate(params: Params, total: Any, batch: WindowBatch) -> Any:
-            (value, logs), grads = jax.value_and_grad(loss, has_aux=True)(params, batch)
+        @partial(jax.jit, donate_argnums=2)
+        def accumulate(learnt: Params, frozen: Params, total: Any, batch: WindowBatch) -> Any:
+            gradient = jax.value_and_grad(joined_loss, has_aux=True)
+            (value, logs), grads = gradient(learnt, frozen, batch)
             total, sums = jax.tree.map(jnp.add, total, (grads, {"loss": value, **logs}))
             return constrain_params(total), sums
 
-        @partial(jax.jit, donate_argnums=0)
         def update(state: TrainState, grads: Params, scale: Array) -> tuple[TrainState, Array]:
             grads = jax.tree.map(lambda grad: grad * scale, grads)
-            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-            params = optax.apply_updates(state.params, updates)
+            params, opt_state = take_step(optimizer, grads, state.opt_state, state.params)
             state = constrain_params(TrainState(params, opt_state, state.step + 1))
             return state, optax.tree.norm(grads)
 
@@ -105,20 +125,24 @@ class Trainer:
         def balance(params: Params, loads: Array) -> Params:
             return constrain_params(balance_routers(params, loads, router_bias_rate))
 
-        self.start, self.accumulate, self.update = start, accumulate, update
+        self.selection = selection
+        self.start, self.accumulate = start, accumulate
+        held = isinstance(optimizer, Offloaded)
+        self.update = InPlace(update) if held else jax.jit(update, donate_argnums=0)
         self.shared = SharedPrefixGradient(loss)
         self._balance = balance if router_bias_rate > 0 else None
 
     def add(self, params: Params, total: Any, batch: WindowBatch | SharedBatch) -> Any:
         """The sums of gradients and logs with a micro-batch's added; None is a sum of nothing."""
+        parts = self.selection.split(params)
         if isinstance(batch, SharedBatch):
             if total is None:
-                total = self.start(params, place_batch(batch.windows[0]))
-            return self.shared.add(params, total, batch)
+                total = self.start(*parts, place_batch(batch.windows[0]))
+            return self.shared.add(*parts, total, batch)
         batch = place_batch(batch)
         if total is None:
-            total = self.start(params, batch)
-        return self.accumulate(params, total, batch)
+            total = self.start(*parts, batch)
+        return self.accumulate(*parts, total, batch)
 
     def step(
         self,
@@ -129,7 +153,7 @@ class Trainer:
         """Takes one optimiser step.
 
         Args:
-            state: The state; its buffers are reused.
+            state: The state; its buffers are reused, but for those of frozen parameters.
             batches: Micro-batches: of whole windows, or of windows that share a prefix.
             denominator: What the summed loss is divided by.
 
@@ -143,6 +167,8 @@ class Trainer:
         if total is None:
             raise ValueError("a step needs at least one micro-batch")
         grads, logs = total
+        learnt, frozen = self.selection.split(state.params)
+        state = replace(state, params=learnt)
         state, norm = self.update(state, grads, np.float32(1.0 / denominator))
         loads = logs.pop(EXPERT_LOADS, None)
         scaled = {name: float(value) / denominator for name, value in logs.items()}
@@ -150,4 +176,5 @@ class Trainer:
             scaled |= {name: float(value) for name, value in load_statistics(loads).items()}
             if self._balance:
                 state = replace(state, params=self._balance(state.params, loads))
+        state = replace(state, params=joined(state.params, frozen))
         return state, {**scaled, "grad_norm": float(norm)}

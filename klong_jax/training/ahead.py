@@ -6,16 +6,18 @@ devices that are not here, they tell what a run would take.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
 
+from klong_jax.models.decoder import Params
 from klong_jax.parallel.rules import array_sharding, placed, rounded_up
 from klong_jax.training.accumulate import Trainer, TrainState
 from klong_jax.training.batches import Layout, WindowBatch, pad_windows
+from klong_jax.training.offload import HOST
 
 StepName = Literal["whole", "read", "after", "back", "update"]
 """The gradient of whole windows; of a prefix that is computed once, its forward pass, a window
@@ -66,30 +68,33 @@ def compile_step(
         Each program; what follows a refused forward pass of the prefix is left out.
     """
     windows = _abstract(layout.arrange((), ()), layout.rows)
-    total = placed(jax.eval_shape(trainer.start, state.params, windows))
+    parts = trainer.selection.split(state.params)
+    total = placed(jax.eval_shape(trainer.start, *parts, windows))
     kept = device_bytes((state.opt_state, state.step))
     if layout.whole or not any(layout.shared):
-        lowered = trainer.accumulate.lower(state.params, total, windows)
+        lowered = trainer.accumulate.lower(*parts, total, windows)
         yield StepProgram("whole", compiler(lowered), kept)
     for shared in filter(None, layout.shared):
-        yield from _shared(trainer, state, total, layout, shared, kept, compiler)
+        yield from _shared(trainer, parts, total, layout, shared, kept, compiler)
     scale = _shape((), jnp.float32)
-    yield StepProgram("update", compiler(trainer.update.lower(state, total[0], scale)), 0)
+    learnt, frozen = parts
+    lowered = trainer.update.lower(replace(state, params=learnt), total[0], scale)
+    yield StepProgram("update", compiler(lowered), device_bytes(frozen))
 
 
 def _shared(
     trainer: Trainer,
-    state: TrainState,
+    parts: tuple[Params, Params],
     total: Any,
     layout: Layout,
     length: int,
     kept: int,
     compiler: Callable[[Any], C],
 ) -> Iterator[StepProgram[C]]:
-    shared, params = trainer.shared, state.params
+    shared = trainer.shared
     prefix = _abstract(pad_windows((), (), length), layout.rows)
     window = _abstract(pad_windows((), (), layout.length - length), layout.rows)
-    lowered = shared.read.lower(params, prefix, trained=layout.trained)
+    lowered = shared.read.lower(*parts, prefix, trained=layout.trained)
     read = compiler(lowered)
     yield StepProgram("read", read, kept + device_bytes(total))
     if read.output_shardings is None:
@@ -101,9 +106,9 @@ def _shared(
         read.output_shardings,
     )
     before, wanted, logs, backward = given
-    lowered = shared.after.lower(params, before, wanted, total, window)
+    lowered = shared.after.lower(*parts, before, wanted, total, window)
     yield StepProgram("after", compiler(lowered), kept + device_bytes(backward))
-    lowered = shared.back.lower(params, backward, before, wanted, total, logs)
+    lowered = shared.back.lower(*parts, backward, before, wanted, total, logs)
     # The state of the prefix only says dtypes there, so it is no argument of what is compiled.
     yield StepProgram("back", compiler(lowered), kept + device_bytes(before))
 
@@ -122,8 +127,8 @@ def _abstract(batch: WindowBatch, rows: int) -> WindowBatch:
 
 
 def device_bytes(tree: Any) -> int:
-    """Bytes of a tree of placed shapes or arrays on one device."""
-    leaves = jax.tree.leaves(tree)
+    """Bytes of a tree of placed shapes or arrays in the memory of one device."""
+    leaves = [x for x in jax.tree.leaves(tree) if x.sharding.memory_kind != HOST]
     return sum(prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
 
 

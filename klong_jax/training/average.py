@@ -5,8 +5,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array
 
 from klong_jax.models.decoder import Params
+from klong_jax.training.frozen import joined, restricted
 
 
 class Averaged(NamedTuple):
@@ -14,7 +16,7 @@ class Averaged(NamedTuple):
 
     Attributes:
         inner: The state of the optimiser itself.
-        average: The averaged parameters, in float32.
+        average: The averaged parameters, those that are learnt, in float32.
     """
 
     inner: Any
@@ -52,4 +54,11 @@ def served_params(params: Params, opt_state: Any) -> Params:
     """What a policy acts with once it is trained: the average if one was kept, else `params`."""
     if not isinstance(opt_state, Averaged):
         return params
-    return jax.tree.map(lambda mean, like: mean.astype(like.dtype), opt_state.average, params)
+    average = opt_state.average
+
+    def served(mean: Array, like: Array) -> Array:
+        # It may be in the host's memory, where nothing is computed.
+        held: Array = jax.device_put(mean, mean.sharding.with_memory_kind("device"))
+        return held.astype(like.dtype)
+
+    return joined(params, jax.tree.map(served, average, restricted(params, average)))

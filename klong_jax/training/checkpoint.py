@@ -20,6 +20,9 @@ from klong_jax.core.errors import UserError
 from klong_jax.models.decoder import Params
 from klong_jax.training.accumulate import TrainState
 from klong_jax.training.average import Averaged
+from klong_jax.training.frozen import joined, restricted
+
+_HASH = 64  # hexadecimal digits
 
 # Tensorstore, which writes the arrays, says ValueError where a disk is full.
 _TENSORSTORE_CODE = re.compile(r"os_error_code='(\d+)'")
@@ -44,7 +47,8 @@ class Checkpoints:
 
         Args:
             root: The directory; made if missing.
-            identity: What a checkpoint must match to be restored: model and tokenizer hashes.
+            identity: What a checkpoint must match to be restored: model and tokenizer hashes, and
+                the adapters if there are any.
             keep: How many of the latest to keep.
             keep_best: How many to keep beside them of those saved with the lowest loss.
             tidy: Remove what saves that were cut off have left; for the one who writes here.
@@ -158,7 +162,7 @@ class Checkpoints:
         read = {name: self._read(step, name, part) for name, part in parts.items()}
         opt_state, taken = read["optimizer"]
         if "average" in read:
-            opt_state = Averaged(opt_state, read["average"])
+            opt_state = Averaged(opt_state, restricted(read["average"], like.opt_state.average))
         return TrainState(read["params"], opt_state, taken), progress
 
     def restore_params(
@@ -195,12 +199,13 @@ class Checkpoints:
         progress: dict[str, Any] = self._manager.restore(
             step, args=ocp.args.Composite(progress=ocp.args.JsonRestore())
         ).progress
-        for name, wanted in self._identity.items():
-            found = progress["identity"].get(name)
+        stored: dict[str, str] = progress["identity"]
+        for name in {**self._identity, **stored}:
+            found, wanted = (_short(of.get(name, "none")) for of in (stored, self._identity))
             if found != wanted:
                 raise UserError(
-                    f"{self._root}: the checkpoint belongs to another {name} ({str(found)[:12]}, "
-                    f"not {wanted[:12]}); use the {name} it was trained with or another run."
+                    f"{self._root}: the checkpoint belongs to another {name} ({found}, not "
+                    f"{wanted}); use the {name} it was trained with or another run."
                 )
         return step, progress
 
@@ -241,16 +246,24 @@ class Checkpoints:
 
 
 def _parts(state: TrainState) -> dict[str, Any]:
-    """What is saved under which name; an average stands apart, for those who only act."""
+    """What is saved under which name; an average stands apart, for those who only act.
+
+    They need the frozen parameters beside it.
+    """
     optimizer, average = state.opt_state, {}
     if isinstance(optimizer, Averaged):
-        optimizer, average = optimizer.inner, {"average": optimizer.average}
+        optimizer, average = optimizer.inner, {"average": joined(state.params, optimizer.average)}
     return {"params": state.params, "optimizer": (optimizer, state.step), **average}
 
 
 def _plain(tree: Any) -> dict[str, jax.Array]:
     """The arrays of a tree by position: what is on disk knows no Python class."""
     return {str(index): leaf for index, leaf in enumerate(jax.tree.leaves(tree))}
+
+
+def _short(identity: str) -> str:
+    """What is shown of an identity: hashes by their beginning."""
+    return identity[:12] if len(identity) == _HASH else identity
 
 
 def _rank(metrics: dict[str, float]) -> float:

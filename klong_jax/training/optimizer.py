@@ -10,7 +10,8 @@ from optax import contrib
 from klong_jax.models.decoder import Params
 from klong_jax.models.routing import is_router_bias
 from klong_jax.training.average import with_average
-from klong_jax.training.frozen import leave_frozen
+from klong_jax.training.frozen import Selection
+from klong_jax.training.offload import Offloaded, Optimizer
 from klong_jax.training.schedules import Schedule, make_schedule
 
 
@@ -30,8 +31,10 @@ class OptimizerConfig:
         schedule: How the rate goes after the warm-up; see `make_schedule`.
         decay_share: The share of all steps over which "wsd" falls.
         frozen: Patterns of the names of parameters that are left as they are.
+        learnt: Patterns of names outside of which all parameters are left so too.
         ema_decay: What the moving average of the parameters keeps of itself at each step; 0 makes
             none.
+        offload: Whether the optimiser's state is held in the host's memory.
     """
 
     kind: Literal["muon", "adamw"] = "adamw"
@@ -45,14 +48,18 @@ class OptimizerConfig:
     schedule: Schedule = "cosine"
     decay_share: float = 0.2
     frozen: tuple[str, ...] = ()
+    learnt: tuple[str, ...] = ("*",)
     ema_decay: float = 0.0
+    offload: bool = False
+
+    @property
+    def selection(self) -> Selection:
+        """Which parameters the optimiser is given."""
+        return Selection(self.frozen, self.learnt)
 
 
-def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Builds the optax transformation that the config names.
-
-    Its `init` raises a UserError where a pattern of frozen parameters fits none, or all of them.
-    """
+def make_optimizer(config: OptimizerConfig) -> Optimizer:
+    """Builds what updates the parameters that are learnt as the config says."""
 
     def schedule(ratio: float) -> optax.Schedule:
         return make_schedule(
@@ -77,10 +84,11 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     clip = optax.clip_by_global_norm(config.clip_norm)
     # Weight decay would pull at the routers' biases, though no gradient reaches them.
     kept = optax.masked(optax.set_to_zero(), _router_biases)
-    optimizer = optax.chain(clip, update, kept)
-    if config.frozen:
-        optimizer = leave_frozen(optimizer, config.frozen)
-    return with_average(optimizer, config.ema_decay) if config.ema_decay else optimizer
+    chain = (update, kept) if config.offload else (clip, update, kept)
+    optimizer = optax.chain(*chain)
+    if config.ema_decay:
+        optimizer = with_average(optimizer, config.ema_decay)
+    return Offloaded(clip, optimizer) if config.offload else optimizer
 
 
 def _router_biases(params: Params) -> Params:

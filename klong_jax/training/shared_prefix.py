@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from klong_jax.models.decoder import Params
 from klong_jax.parallel.rules import constrain, constrain_params
 from klong_jax.training.batches import SharedBatch, WindowBatch, place_batch
-from klong_jax.training.loss import Logs, Prefix, WindowLoss
+from klong_jax.training.frozen import joined
+from klong_jax.training.loss import Logs, Prefix, Summed, WindowLoss
 
 Total = tuple[Params, Logs]
 """Sums so far of gradients, and of the loss and what it logs."""
@@ -41,14 +42,14 @@ class _Backward:
     form: Any
 
     @classmethod
-    def without(cls, params: Params, backward: Any) -> "_Backward":
+    def without(cls, params: tuple[Params, Params], backward: Any) -> "_Backward":
         number = {id(leaf): index for index, leaf in enumerate(jax.tree.leaves(params))}
         leaves, form = jax.tree.flatten(backward)
         places = tuple(number.get(id(leaf)) for leaf in leaves)
         kept = [leaf for leaf, place in zip(leaves, places, strict=True) if place is None]
         return cls(kept, places, form)
 
-    def with_params(self, params: Params) -> Any:
+    def with_params(self, params: tuple[Params, Params]) -> Any:
         known, kept = jax.tree.leaves(params), iter(self.kept)
         leaves = [next(kept) if place is None else known[place] for place in self.places]
         return jax.tree.unflatten(self.form, leaves)
@@ -66,28 +67,39 @@ class SharedPrefixGradient:
 
     def __init__(self, loss: WindowLoss) -> None:
         @partial(jax.jit, static_argnames="trained")
-        def read(params: Params, prefix: WindowBatch, trained: bool) -> Any:
-            forward = partial(loss.read, prefix=prefix, trained=trained)
-            (state, value), backward, logs = jax.vjp(forward, params, has_aux=True)
+        def read(learnt: Params, frozen: Params, prefix: WindowBatch, trained: bool) -> Any:
+            def forward(learnt: Params) -> Any:
+                return loss.read(joined(learnt, frozen), prefix, trained=trained)
+
+            (state, value), backward, logs = jax.vjp(forward, learnt, has_aux=True)
             state = constrain_prefix(state)
             wanted = constrain_prefix(_zeros(state))
-            return state, wanted, {"loss": value, **logs}, _Backward.without(params, backward)
+            way = _Backward.without((learnt, frozen), backward)
+            return state, wanted, {"loss": value, **logs}, way
 
-        @partial(jax.jit, donate_argnums=(2, 3))
+        @partial(jax.jit, donate_argnums=(3, 4))
         def after(
-            params: Params, state: Prefix, wanted: Prefix, total: Total, batch: WindowBatch
+            learnt: Params,
+            frozen: Params,
+            state: Prefix,
+            wanted: Prefix,
+            total: Total,
+            batch: WindowBatch,
         ) -> tuple[Prefix, Total]:
-            (value, logs), grads = jax.value_and_grad(loss.after, argnums=(0, 1), has_aux=True)(
-                params, state, batch
-            )
+            def forward(learnt: Params, state: Prefix) -> Summed:
+                return loss.after(joined(learnt, frozen), state, batch)
+
+            gradient = jax.value_and_grad(forward, argnums=(0, 1), has_aux=True)
+            (value, logs), grads = gradient(learnt, state)
             grads, asked = grads
             wanted = jax.tree.map(lambda x, y: x + y.astype(x.dtype), wanted, asked)
             total = jax.tree.map(jnp.add, total, (grads, {"loss": value, **logs}))
             return constrain_prefix(wanted), (constrain_params(total[0]), total[1])
 
-        @partial(jax.jit, donate_argnums=4)
+        @partial(jax.jit, donate_argnums=5)
         def back(
-            params: Params,
+            learnt: Params,
+            frozen: Params,
             backward: _Backward,
             state: Prefix,
             wanted: Prefix,
@@ -95,19 +107,27 @@ class SharedPrefixGradient:
             logs: Logs,
         ) -> Total:
             asked = jax.tree.map(lambda x, y: x.astype(y.dtype), wanted, state)
-            (grads,) = backward.with_params(params)((asked, jnp.ones_like(logs["loss"])))
+            pull = backward.with_params((learnt, frozen))
+            (grads,) = pull((asked, jnp.ones_like(logs["loss"])))
             total = jax.tree.map(jnp.add, total, (grads, logs))
             return constrain_params(total[0]), total[1]
 
         self.read, self.after, self.back = read, after, back
 
-    def add(self, params: Params, total: Total, batch: SharedBatch) -> Total:
-        """The sums with a micro-batch's added; the buffers of `total` are reused."""
+    def add(self, learnt: Params, frozen: Params, total: Total, batch: SharedBatch) -> Total:
+        """The sums with a micro-batch's added; the buffers of `total` are reused.
+
+        Args:
+            learnt: The parameters whose gradients are summed.
+            frozen: The others.
+            total: The sums so far.
+            batch: The micro-batch.
+        """
         prefix = place_batch(batch.prefix)
-        state, wanted, logs, backward = self.read(params, prefix, trained=batch.trained)
+        state, wanted, logs, backward = self.read(learnt, frozen, prefix, trained=batch.trained)
         for window in batch.windows:
-            wanted, total = self.after(params, state, wanted, total, place_batch(window))
-        result: Total = self.back(params, backward, state, wanted, total, logs)
+            wanted, total = self.after(learnt, frozen, state, wanted, total, place_batch(window))
+        result: Total = self.back(learnt, frozen, backward, state, wanted, total, logs)
         return result
 
 

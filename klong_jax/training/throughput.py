@@ -7,7 +7,7 @@ import numpy as np
 
 from klong_jax.core.trajectory import Window
 from klong_jax.models.config import DecoderConfig
-from klong_jax.models.cost import forward_flops, prefix_sharing_flops
+from klong_jax.models.cost import prefix_sharing_flops, training_flops
 from klong_jax.parallel.topology import CHIPS
 from klong_jax.training.batches import Group, Layout, SharedBatch, WindowBatch
 
@@ -34,16 +34,20 @@ class Meter:
         model: The decoder's numbers.
         devices: How many devices work on a step.
         peak_flops: Operations a second of one of them at most; None if that is not known.
+        learnt: The share of the parameters that are learnt.
     """
 
     model: DecoderConfig
     devices: int
     peak_flops: float | None
+    learnt: float = 1.0
 
     @classmethod
-    def of_devices(cls, model: DecoderConfig, devices: int, kind: str) -> "Meter":
+    def of_devices(
+        cls, model: DecoderConfig, devices: int, kind: str, learnt: float = 1.0
+    ) -> "Meter":
         """A meter for so many devices of a kind, such as "TPU v5p"."""
-        return cls(model, devices, _PEAK_FLOPS.get(kind))
+        return cls(model, devices, _PEAK_FLOPS.get(kind), learnt)
 
     def rates(
         self, groups: Sequence[Group], layout: Layout, seconds: float, waited: float
@@ -70,25 +74,29 @@ class Meter:
             "waiting_share": waited / seconds,
         }
         if self.peak_flops is not None:
-            done = step_flops(self.model, groups, layout)
+            done = step_flops(self.model, groups, layout, self.learnt)
             rates["mfu"] = done / seconds / (self.devices * self.peak_flops)
         return rates
 
 
-def step_flops(model: DecoderConfig, groups: Sequence[Group], layout: Layout) -> float:
+def step_flops(
+    model: DecoderConfig, groups: Sequence[Group], layout: Layout, learnt: float = 1.0
+) -> float:
     """Operations of the forward and backward pass over groups of windows.
 
-    A backward pass takes two of a forward pass; attention counts only pairs that see each other.
+    Attention counts only pairs that see each other, and no matrix that is frozen a gradient.
     """
     total = 0.0
     for group in groups:
         lengths = [len(window.tokens) for window in group]
         if shared := layout.shared_by(group):
             fresh = [length - shared for length in lengths]
-            _, done = prefix_sharing_flops(model, shared, fresh, prefix_trained=layout.trained)
+            _, done = prefix_sharing_flops(
+                model, shared, fresh, prefix_trained=layout.trained, learnt=learnt
+            )
             total += done
         else:
-            total += sum(3 * forward_flops(model, 1, length, 0, length) for length in lengths)
+            total += sum(training_flops(model, length, 0, length, learnt) for length in lengths)
     return total
 
 

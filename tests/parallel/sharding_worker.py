@@ -17,8 +17,9 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from klong_jax.core.trajectory import Window
-from klong_jax.models.config import DecoderConfig, MoeConfig
+from klong_jax.models.config import DecoderConfig, DTypes, LoraConfig, MoeConfig
 from klong_jax.models.decoder import build
+from klong_jax.models.lora import ADAPTERS, adapt
 from klong_jax.parallel.distributed import start_processes
 from klong_jax.parallel.mesh import MeshShape, make_mesh
 from klong_jax.parallel.rules import param_shardings, spread, use_mesh
@@ -26,10 +27,12 @@ from klong_jax.sft.loss import sft_loss
 from klong_jax.training.accumulate import Trainer, TrainState, abstract_state, init_state
 from klong_jax.training.batches import Layout, WindowBatch, lay_out
 from klong_jax.training.checkpoint import Checkpoints
+from klong_jax.training.frozen import EVERYTHING, Selection, joined
 from klong_jax.training.optimizer import OptimizerConfig, make_optimizer
 
 MODELS = {
     "dense": DecoderConfig(64, 32, 2, 4, 2, 8, 64),
+    "adapted": DecoderConfig(64, 32, 2, 4, 2, 8, 64),
     "mixture": DecoderConfig(
         64,
         32,
@@ -43,6 +46,7 @@ MODELS = {
         moe=MoeConfig(8, 2, 16, "sigmoid", shared_size=16, dense_layers=1, router_bias=True),
     ),
 }
+LORA = LoraConfig(3, 6.0, ("query", "key", "value", "output", "gate", "up", "down"))
 OPTIMIZER = make_optimizer(OptimizerConfig("muon", 1e-2))
 
 
@@ -74,8 +78,13 @@ def make_groups() -> list[tuple[Window, ...]]:
 
 @cache
 def built(model: str) -> tuple[Any, Any]:
-    """The decoder, made outside of any mesh."""
-    return build(MODELS[model], 0)
+    """The decoder, made outside of any mesh; "adapted" has adapters that give something."""
+    graph, params = build(MODELS[model], 0)
+    if model != "adapted":
+        return graph, params
+    graph, params = adapt(graph, params, LORA, DTypes(), 0)
+    fresh, base = Selection(learnt=ADAPTERS).split(params)
+    return graph, joined(base, jax.tree.map(lambda leaf: leaf + 0.01, fresh))
 
 
 def layout(shared: int | str) -> Layout:
@@ -88,7 +97,8 @@ def gradients(model: str, shared: int | str | None) -> tuple[Any, dict[str, Any]
     mesh = jax.sharding.get_mesh()
     if not mesh.empty:
         params = jax.tree.map(spread, params, param_shardings(params, mesh))
-    trainer = Trainer(sft_loss(graph, remat="full"), OPTIMIZER)
+    selection = Selection(learnt=ADAPTERS) if model == "adapted" else EVERYTHING
+    trainer = Trainer(sft_loss(graph, remat="full"), OPTIMIZER, selection=selection)
     batches: list[Any] = [make_batch()]
     if shared is not None:
         groups = make_groups()

@@ -28,6 +28,7 @@ CASES: list[tuple[str, dict[str, int], int | str | None]] = [
     ("mixture", {"expert": 4, "fsdp": 2}, None),
     ("dense", {"fsdp": 8}, 16),
     ("dense", {"data": 2, "context": 2, "tensor": 2}, 16),
+    ("adapted", {"context": 2, "fsdp": 2, "tensor": 2}, 16),
     ("mixture", {"context": 4, "fsdp": 2}, 16),
     ("mixture", {"expert": 2, "context": 2, "tensor": 2}, 16),
     ("mixture", {"expert": 2, "context": 2, "tensor": 2}, "packed"),

@@ -109,3 +109,33 @@ def test_what_is_compiled_for_the_choice_is_what_runs(tmp_path: Path) -> None:
             assert not programs & {name[4:-1] for name in compiled}
     finally:
         jax.monitoring.clear_event_listeners()
+
+
+def test_what_is_frozen_has_no_gradient_and_what_the_host_holds_takes_no_memory() -> None:
+    config = OptimizerConfig("adamw", frozen=("embedding", "blocks.*.kernel"), offload=True)
+    optimizer, selection = make_optimizer(config), config.selection
+    made = Trainer(sft_loss(GRAPH, remat="none"), optimizer, selection=selection)
+    layout = Layout(16, 2)
+    programs: set[str] = set()
+
+    def listen(event: str, duration: float, *, fun_name: str = "", **_: object) -> None:
+        if event.endswith("backend_compile_duration"):
+            programs.add(fun_name)
+
+    with use_mesh(make_mesh(MeshShape())):
+        state = abstract_state(PARAMS, optimizer, selection)
+        learnt = sum(x.nbytes for x in jax.tree.leaves(selection.split(PARAMS)[0]))
+        partial = Step(lambda _: made, CONFIG, "float32", state, [layout])
+        # The optimiser's counter and the step are on the device, beside parameters and gradients.
+        assert 0 < least_bytes(partial, "none") - PARAMS_BYTES - learnt <= 12
+        assert needed_bytes(partial, made)
+        jax.monitoring.register_event_duration_secs_listener(listen)
+        try:
+            tokens, unused = np.zeros(9, np.int32), np.zeros(9, np.float32)
+            window = Window(0, 0, tokens, tokens == 0, unused, tokens, 9)
+            real = init_state(jax.tree.map(jnp.copy, PARAMS), optimizer, selection)
+            for _ in range(2):
+                real, _ = made.step(real, lay_out([(window,)], [1.0], layout), 1.0)
+            assert not {"jit(accumulate)", "jit(update)"} & programs
+        finally:
+            jax.monitoring.clear_event_listeners()

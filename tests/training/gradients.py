@@ -12,6 +12,7 @@ from klong_jax.rl.loss import RlLossConfig, rl_loss
 from klong_jax.sft.loss import sft_loss
 from klong_jax.training.accumulate import Trainer
 from klong_jax.training.batches import Group, Layout, lay_out
+from klong_jax.training.frozen import Selection
 from klong_jax.training.optimizer import OptimizerConfig, make_optimizer
 
 LIMIT, VOCAB = 48, 50
@@ -24,13 +25,15 @@ OPTIMIZER = make_optimizer(OptimizerConfig("adamw", 1e-2))
 
 
 @cache
-def trainer(model: str, dtype: str, remat: Remat, objective: str) -> tuple[Trainer, object]:
+def trainer(
+    model: str, dtype: str, remat: Remat, objective: str, frozen: tuple[str, ...] = ()
+) -> tuple[Trainer, object]:
     graph, params = build(MODELS[model], 0, DTypes(dtype, dtype))
     if objective == "rl":
         loss = rl_loss(graph, RlLossConfig(kl_beta=0.1, temperature=0.7), remat=remat)
     else:
         loss = sft_loss(graph, remat=remat)
-    return Trainer(loss, OPTIMIZER), params
+    return Trainer(loss, OPTIMIZER, selection=Selection(frozen)), params
 
 
 def gradients(
@@ -41,10 +44,11 @@ def gradients(
     dtype: str = "float64",
     remat: Remat = "none",
     objective: str = "sft",
+    frozen: tuple[str, ...] = (),
 ) -> tuple[list[np.ndarray], dict[str, np.ndarray]]:
     """Summed gradients and logs of groups, each with a weight of its own."""
     with jax.enable_x64(dtype == "float64"):
-        made, params = trainer(model, dtype, remat, objective)
+        made, params = trainer(model, dtype, remat, objective, frozen)
         weights = np.linspace(-1, 1.5, len(groups)).tolist()
         total = None
         for batch in lay_out(groups, weights, layout):

@@ -11,6 +11,7 @@ from klong_jax.models.decoder import build
 from klong_jax.sft.loss import sft_loss
 from klong_jax.training.accumulate import Trainer, init_state
 from klong_jax.training.batches import micro_batches, pad_windows
+from klong_jax.training.frozen import EVERYTHING, Selection, joined
 from klong_jax.training.optimizer import OptimizerConfig, make_optimizer
 
 MODEL = DecoderConfig(50, 16, 2, 2, 1, 8, 32)
@@ -87,6 +88,28 @@ def test_training_lowers_the_loss(kind: str, rate: float) -> None:
         losses.append(logs["loss"])
     assert losses[-1] < 0.6 * losses[0]
     assert int(state.step) == 30
+
+
+def test_what_is_frozen_is_neither_computed_nor_copied() -> None:
+    cut = windows(4)
+    (batch,) = micro_batches(pad_windows(cut, [1.0] * len(cut), 40), 100)
+    flops = []
+    for selection in (EVERYTHING, Selection(("blocks.*", "embedding"))):
+        optimizer = make_optimizer(OptimizerConfig())
+        trainer = Trainer(sft_loss(GRAPH, remat="none"), optimizer, selection=selection)
+        parts = selection.split(PARAMS)
+        lowered = trainer.accumulate.lower(*parts, trainer.start(*parts, batch), batch)
+        flops.append(lowered.compile().cost_analysis()["flops"])
+    assert flops[1] < 0.75 * flops[0], "matrices have no gradient of their own"
+    params = joined(jax.tree.map(jnp.copy, parts[0]), parts[1])
+    before = jax.tree.map(np.asarray, parts[1])
+    state, logs = trainer.step(init_state(params, optimizer, selection), [batch], 1)
+    learnt, frozen = selection.split(state.params)
+    assert frozen["embedding"][...] is parts[1]["embedding"][...]
+    for now, then in zip(jax.tree.leaves(frozen), jax.tree.leaves(before), strict=True):
+        np.testing.assert_array_equal(now, then)
+    assert (learnt["norm"]["scale"][...] != PARAMS["norm"]["scale"][...]).all()
+    assert logs["grad_norm"] > 0
 
 
 def test_a_step_without_batches_is_refused() -> None:

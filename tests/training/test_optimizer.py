@@ -17,6 +17,7 @@ from klong_jax.models.decoder import build
 from klong_jax.training.accumulate import TrainState, init_state
 from klong_jax.training.average import served_params
 from klong_jax.training.checkpoint import Checkpoints
+from klong_jax.training.frozen import Selection, joined
 from klong_jax.training.optimizer import OptimizerConfig, make_optimizer
 from klong_jax.training.schedules import make_schedule
 
@@ -58,16 +59,17 @@ def test_every_schedule_trains_at_once_peaks_and_ends_at_a_tenth(
 
 def steps(config: OptimizerConfig, count: int) -> list[TrainState]:
     """The states of so many steps, each against gradients of ones."""
-    optimizer = make_optimizer(config)
+    optimizer, selection = make_optimizer(config), config.selection
 
     @jax.jit
     def step(state: TrainState) -> TrainState:
-        grads = jax.tree.map(jnp.ones_like, state.params)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        learnt, frozen = selection.split(state.params)
+        grads = jax.tree.map(jnp.ones_like, learnt)
+        updates, opt_state = optimizer.update(grads, state.opt_state, learnt)
+        params = joined(optax.apply_updates(learnt, updates), frozen)
         return TrainState(params, opt_state, state.step + 1)
 
-    states = [init_state(PARAMS, optimizer)]
+    states = [init_state(PARAMS, optimizer, selection)]
     for _ in range(count):
         states.append(step(states[-1]))
     return states
@@ -94,20 +96,25 @@ def test_what_is_frozen_stays_and_the_rest_trains_as_if_alone(kind: Any) -> None
     assert sizes[0] < sizes[1], "no state is kept for what is frozen"
 
 
-def test_the_gradient_of_what_is_frozen_is_not_clipped_with() -> None:
-    frozen = tuple(name for name in named(PARAMS) if name != "norm.scale")
-    optimizer = make_optimizer(OptimizerConfig("adamw", 0.01, frozen=frozen))
+def test_an_average_of_what_is_learnt_is_served_with_what_is_frozen(tmp_path: Path) -> None:
+    config = OptimizerConfig("adamw", 0.01, frozen=("embedding", "blocks.*"), ema_decay=0.75)
+    first, *_, last = steps(config, 2)
+    assert named(last.opt_state.average).keys() == {"norm.scale"}
+    served = named(served_params(last.params, last.opt_state))
+    assert served.keys() == named(PARAMS).keys()
+    moved = {name for name, value in named(PARAMS).items() if (served[name] != value).any()}
+    assert moved == {"norm.scale"}
+    assert (served["norm.scale"] != named(last.params)["norm.scale"]).all()
 
-    def update(size: float) -> np.ndarray:
-        """Of the norm, whose own gradient Adam's epsilon tells from a smaller one."""
-        grads = jax.tree_util.tree_map_with_path(
-            lambda path, leaf: jnp.full_like(leaf, 1e-8 if path[0].key == "norm" else size), PARAMS
-        )
-        updates, _ = optimizer.update(grads, optimizer.init(PARAMS), PARAMS)
-        return named(updates)["norm.scale"]
-
-    assert update(0.0).any()
-    np.testing.assert_array_equal(update(0.0), update(1e6))
+    checkpoints = Checkpoints(tmp_path, {})
+    checkpoints.save(last, {})
+    restored, _ = checkpoints.restore(first)
+    assert jax.tree.structure(restored) == jax.tree.structure(last)
+    for got, want in zip(jax.tree.leaves(restored), jax.tree.leaves(last), strict=True):
+        np.testing.assert_array_equal(got, want)
+    for name, value in named(checkpoints.restore_params(PARAMS)).items():
+        np.testing.assert_array_equal(value, served[name])
+    checkpoints.close()
 
 
 @pytest.mark.parametrize(
@@ -121,7 +128,7 @@ def test_the_gradient_of_what_is_frozen_is_not_clipped_with() -> None:
 )  # fmt: skip
 def test_impossible_patterns_are_named(frozen: tuple[str, ...], said: str) -> None:
     with pytest.raises(UserError, match=said):
-        init_state(PARAMS, make_optimizer(OptimizerConfig(frozen=frozen)))
+        init_state(PARAMS, make_optimizer(OptimizerConfig()), Selection(frozen))
 
 
 def test_the_average_follows_the_parameters_and_is_what_a_policy_is_read_with(

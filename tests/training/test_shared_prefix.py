@@ -1,17 +1,19 @@
 """Computing a common prefix once changes nothing but the work: the gradient is naive training's."""
 
 from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from gradients import LIMIT, MIXTURE, MODELS, OPTIMIZER, VOCAB, gradients, listening, off
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from klong_jax.core.trajectory import Turn, cut_window, token_stream
-from klong_jax.models.decoder import build
+from klong_jax.models.decoder import abstract, build
 from klong_jax.models.routing import EXPERT_LOADS
 from klong_jax.sft.loss import sft_loss
 from klong_jax.splitting.policy import ContextPolicy, split
@@ -113,6 +115,21 @@ def test_any_trajectories_give_the_gradient_of_whole_windows(
     found, shared_logs = gradients(groups, shared(*tokens))
     assert off(found, whole) < 1e-12
     assert float(shared_logs["loss"]) == pytest.approx(float(logs["loss"]), rel=1e-12)
+
+
+def test_the_gradient_is_taken_of_what_is_learnt_alone() -> None:
+    frozen = ("embedding", "blocks.query.*", "blocks.up.*", "*.scale")
+    names = [".".join(path) for path, _ in nnx.to_flat_state(abstract(MODELS["tied"])[1])]
+    learnt = [not any(fnmatchcase(name, pattern) for pattern in frozen) for name in names]
+    assert 0 < sum(learnt) < len(names)
+    # One group is of a prefix too short to be shared.
+    groups = [*GROUPS, group(9, 7, prefix_len=10)]
+    everything, logs = gradients(groups, shared(16, rows=3), **CASES[0])
+    found, own_logs = gradients(groups, shared(16, rows=3), frozen=frozen, **CASES[0])
+    expected = [grad for grad, one in zip(everything, learnt, strict=True) if one]
+    assert [grad.shape for grad in found] == [grad.shape for grad in expected]
+    assert off(found, expected) < 1e-12
+    assert off(list(own_logs.values()), list(logs.values())) < 1e-12
 
 
 def test_nothing_is_compiled_again_however_many_windows_there_are() -> None:

@@ -42,6 +42,16 @@ def test_a_prefix_that_is_computed_once_counts_once() -> None:
     assert step_flops(MODEL, [group], Layout(16, 1, shared=(7,))) == whole, "it is too short"
 
 
+def test_a_matrix_that_is_frozen_has_no_gradient_to_count() -> None:
+    matrices = 3 * (16 * 16 + 2 * 16 * 8 + 16 * 16 + 3 * 16 * 32) + 30 * 16
+    group = tuple(window(index, [0] * 6 + [1] * 3, prefix_len=6) for index in range(4))
+    for layout, tokens in ((WHOLE, 4 * 9), (Layout(16, 1, shared=(6,)), 6 + 4 * 3)):
+        everything = step_flops(MODEL, [group], layout)
+        nothing = step_flops(MODEL, [group], layout, learnt=0.0)
+        assert everything - nothing == 2 * tokens * matrices
+        assert step_flops(MODEL, [group], layout, learnt=0.5) == (everything + nothing) / 2
+
+
 def test_what_a_window_repeats_is_no_progress() -> None:
     assert fresh_tokens(window(0, [0, 0, 1, 0, 1])) == 5
     assert fresh_tokens(window(2, [0, 0, 1, 0, 1])) == 3

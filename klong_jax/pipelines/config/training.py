@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field, model_validator
 
 from klong_jax.core.errors import UserError
-from klong_jax.models.config import Remat
+from klong_jax.models.config import LoraConfig, Remat, Target
 from klong_jax.pipelines.config.section import Section
 from klong_jax.rl.stages import Stage, check_stages
 from klong_jax.splitting.pinning import Pin
@@ -180,10 +180,13 @@ class OptimizerSection(Section):
     ema_decay: float = Field(ge=0, lt=1)
     """What a moving average of the parameters keeps of itself at each step; it is then what the
     trained policy acts with. 0 makes none."""
+    offload: bool
+    """Hold the optimiser's state in the host's memory; the device sees it a layer at a time."""
 
-    def config(self, total_steps: int) -> "OptimizerConfig":
+    def config(self, total_steps: int, lora: "LoraSection") -> "OptimizerConfig":
         """The optimiser's config; total_steps=0 keeps the rate constant after the warm-up."""
         # Imported on use: commands that train nothing start without JAX.
+        from klong_jax.models.lora import ADAPTERS
         from klong_jax.training.optimizer import OptimizerConfig
 
         return OptimizerConfig(
@@ -196,7 +199,45 @@ class OptimizerSection(Section):
             schedule=self.schedule,
             decay_share=self.decay_share,
             frozen=self.frozen,
+            learnt=ADAPTERS if lora.rank else ("*",),
             ema_decay=self.ema_decay,
+            offload=self.offload,
+        )
+
+
+class LoraSection(Section):
+    """Low-rank adapters that are trained in the place of the parameters (Hu et al. 2021)."""
+
+    rank: int = Field(ge=0)
+    """Rank of the adapters; 0 trains the parameters themselves."""
+    alpha: float = Field(gt=0)
+    """What adapters give is multiplied by alpha / rank."""
+    targets: tuple[Target, ...] = Field(min_length=1)
+    """Matrices that are adapted: query, key, value, output; gate, up and down of MLPs and shared
+    experts. Routed experts are not."""
+
+    def config(self) -> LoraConfig | None:
+        """The adapters; None without any."""
+        return LoraConfig(self.rank, self.alpha, self.targets) if self.rank else None
+
+
+def check_lora(
+    section: str, lora: LoraSection, optimizer: OptimizerSection, bias_rate: float
+) -> None:
+    """Refuses what adapters cannot be trained with.
+
+    Raises:
+        UserError: Names the settings.
+    """
+    if lora.rank and optimizer.kind == "muon":
+        raise UserError(
+            f"{section}.lora.rank={lora.rank}: adapters are trained with adamw; set "
+            f"{section}.optimizer.kind=adamw and its learning_rate, such as 2e-4."
+        )
+    if lora.rank and bias_rate:
+        raise UserError(
+            f"{section}.router_bias_rate={bias_rate}: moves what {section}.lora.rank={lora.rank} "
+            "leaves as it is; set one of the two to 0."
         )
 
 
@@ -252,6 +293,12 @@ class SftSection(Section):
     log_to: tuple[Literal["tensorboard", "wandb"], ...]
     """Where metrics are shown beside metrics.jsonl; each needs the extra of its name."""
     optimizer: OptimizerSection
+    lora: LoraSection
+
+    @model_validator(mode="after")
+    def _adapts(self) -> "SftSection":
+        check_lora("sft", self.lora, self.optimizer, self.router_bias_rate)
+        return self
 
     @model_validator(mode="after")
     def _shares(self) -> "SftSection":
@@ -344,8 +391,14 @@ class RlSection(Section):
     log_to: tuple[Literal["tensorboard", "wandb"], ...]
     """Where metrics are shown beside metrics.jsonl; each needs the extra of its name."""
     optimizer: OptimizerSection
+    lora: LoraSection
     stages: tuple[StageSection, ...] = Field(min_length=1)
     """The stages, shortest timeout first."""
+
+    @model_validator(mode="after")
+    def _adapts(self) -> "RlSection":
+        check_lora("rl", self.lora, self.optimizer, self.router_bias_rate)
+        return self
 
     @model_validator(mode="after")
     def _progressive(self) -> "RlSection":
