@@ -24,7 +24,9 @@ def holds_all_logits(kernels: KernelsSection) -> bool:
 
 
 def test_kernels_are_those_of_the_settings() -> None:
-    free = KernelsSection(attention=None, grouped_matmul=None, linear_cross_entropy=None)
+    free = KernelsSection(
+        attention=None, grouped_matmul=None, linear_cross_entropy=None, rotary_norm=None
+    )
     plain = free.model_copy(update={"linear_cross_entropy": "reference"})
     assert (holds_all_logits(free), holds_all_logits(plain)) == (False, True)
 

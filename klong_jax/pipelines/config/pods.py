@@ -59,6 +59,8 @@ class KernelsSection(Section):
     """Such as reference, cpu or xla, which run everywhere; hopper or triton on GPUs."""
     linear_cross_entropy: str | None
     """reference, which holds all logits at once; xla; hopper on such GPUs."""
+    rotary_norm: str | None
+    """reference, which runs everywhere; triton on GPUs."""
 
     @model_validator(mode="after")
     def _known(self) -> Self:
@@ -68,11 +70,13 @@ class KernelsSection(Section):
         from klong_jax.kernels.attention import api as attention
         from klong_jax.kernels.grouped_matmul import api as grouped_matmul
         from klong_jax.kernels.linear_cross_entropy import api as linear_cross_entropy
+        from klong_jax.kernels.rotary_norm import api as rotary_norm
 
         known = {
             "attention": attention.BACKENDS,
             "grouped_matmul": grouped_matmul.BACKENDS,
             "linear_cross_entropy": linear_cross_entropy.BACKENDS,
+            "rotary_norm": rotary_norm.BACKENDS,
         }
         for kernel, backend in self.chosen().items():
             if backend not in known[kernel]:
