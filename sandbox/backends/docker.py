@@ -25,6 +25,7 @@ from docker.types import LogConfig, Mount, Ulimit
 
 from sandbox import owner
 from sandbox.api import MB, Isolation, SandboxInfo
+from sandbox.backends import seccomp
 from sandbox.backends.base import (
     AGENT_DIR,
     LINE_DIR,
@@ -156,7 +157,7 @@ class DockerBackend:
             mounts=mounts,
             network_mode="bridge" if info.spec.network else "none",
             cap_drop=["ALL"],
-            security_opt=["no-new-privileges"],
+            security_opt=["no-new-privileges", f"seccomp={seccomp.docker_profile()}"],
             mem_limit=memory,
             memswap_limit=memory,
             nano_cpus=int(limits.cpus * 1e9),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import logging
 import os
@@ -100,8 +101,9 @@ class LocalBackend:
         )
         self._taken_over = inherited.directories
         self.own = owner.claim(self._state_dir, durable=self._durable)
-        self.etc, self.agent = self.own / "etc", self.own / "agent"
-        await asyncio.to_thread(bubblewrap.install, self.etc)
+        self.etc, self.agent, self.filter = (self.own / name for name in ("etc", "agent", "filter"))
+        if self.isolation == "bubblewrap":
+            await asyncio.to_thread(bubblewrap.install, self.etc, self.filter)
         await asyncio.to_thread(install_agent, self.agent)
         return inherited.boxes
 
@@ -198,36 +200,45 @@ class LocalBackend:
         info = record.info
         blocks = str(info.spec.limits.files_mb * MB // 512)
         setup = ["/bin/sh", "-c", _SETUP, "sh", str(len(groups)), *map(str, groups), blocks]
-        if self.isolation == "bubblewrap":
-            sandbox = bubblewrap.arguments(
-                self.etc,
-                self.agent,
-                directory,
-                network=info.spec.network,
-                die_with_parent=not self._durable,
-            )
-            python, line, agent = bubblewrap.python()[0], LINE_DIR, AGENT_DIR
-        else:
-            env = {
-                **bubblewrap.ENV,
-                "HOME": str(directory / "home"),
-                "TMPDIR": str(directory / "tmp"),
-                _MARKER: info.id,
-            }
-            sandbox = ["/usr/bin/env", "-i", *(f"{name}={value}" for name, value in env.items())]
-            system, bound = bubblewrap.python()
-            python = sys.executable if bound else system
-            line, agent = str(directory / "line"), str(self.agent)
-        start = agent_arguments([python, "-ISB", agent], line, info, durable=self._durable)
-        with open(directory / "agent.log", "wb") as said:
+        with contextlib.ExitStack() as stack:
+            said = stack.enter_context(open(directory / "agent.log", "wb"))
+            inherited = []
+            if self.isolation == "bubblewrap":
+                inherited = [stack.enter_context(open(self.filter, "rb")).fileno()]
+                sandbox = bubblewrap.arguments(
+                    self.etc,
+                    self.agent,
+                    directory,
+                    filter_fd=inherited[0],
+                    network=info.spec.network,
+                    die_with_parent=not self._durable,
+                )
+                python, line, agent = bubblewrap.python()[0], LINE_DIR, AGENT_DIR
+            else:
+                sandbox = self._plain(info, directory)
+                system, bound = bubblewrap.python()
+                python = sys.executable if bound else system
+                line, agent = str(directory / "line"), str(self.agent)
+            start = agent_arguments([python, "-ISB", agent], line, info, durable=self._durable)
             return subprocess.Popen(
                 [*setup, *_drop(record.uid), *sandbox, *start],
                 stdin=subprocess.DEVNULL,
                 stdout=said,
                 stderr=said,
                 env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", _MARKER: info.id},
+                pass_fds=inherited,
                 start_new_session=True,
             )
+
+    def _plain(self, info: SandboxInfo, directory: Path) -> list[str]:
+        """The command prefix that only sets the environment."""
+        env = {
+            **bubblewrap.ENV,
+            "HOME": str(directory / "home"),
+            "TMPDIR": str(directory / "tmp"),
+            _MARKER: info.id,
+        }
+        return ["/usr/bin/env", "-i", *(f"{name}={value}" for name, value in env.items())]
 
     def _prelude(self, limits: Limits) -> str:
         if self.cgroups:
