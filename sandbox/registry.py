@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from sandbox.api import (
@@ -38,6 +39,15 @@ class _Entry:
     info: SandboxInfo
     box: Box
     expiry: asyncio.TimerHandle
+    # Requests under way, and the end of the time that it may go without one.
+    busy: int = 0
+    idle: asyncio.TimerHandle | None = None
+
+    def stop(self) -> None:
+        """Cancels both timers."""
+        self.expiry.cancel()
+        if self.idle is not None:
+            self.idle.cancel()
 
 
 class Registry:
@@ -106,7 +116,8 @@ class Registry:
         left_s = max(0.0, box.info.expires_at - time.time())
         loop = asyncio.get_running_loop()
         expiry = loop.call_later(left_s, self._start_close, box.info.id)
-        self._entries[box.info.id] = _Entry(box.info, box, expiry)
+        entry = self._entries[box.info.id] = _Entry(box.info, box, expiry)
+        self._rest(entry)
 
     def list(self) -> list[SandboxInfo]:
         """Every sandbox, oldest first."""
@@ -122,7 +133,8 @@ class Registry:
 
     def workspace(self, sandbox_id: str) -> Workspace:
         """The files of a sandbox."""
-        return self._entry(sandbox_id).box.workspace
+        with self._use(sandbox_id) as entry:
+            return entry.box.workspace
 
     async def exec(
         self, sandbox_id: str, request: ExecRequest, on_output: OnOutput | None = None
@@ -133,14 +145,16 @@ class Registry:
         limit = entry.info.spec.limits.output_bytes
         if request.output_bytes is not None and request.output_bytes > limit:
             raise SandboxRefused(f"output_bytes: may not be over the sandbox's limit of {limit}.")
-        return await entry.box.exec(request, on_output)
+        with self._use(sandbox_id):
+            return await entry.box.exec(request, on_output)
 
     async def open_session(self, sandbox_id: str, name: str, request: SessionRequest) -> None:
         """Starts a session under a name of its own."""
         entry = self._entry(sandbox_id)
         check_session(name)
         _check_size(entry, "", {**entry.info.spec.env, **request.env})
-        await entry.box.open_session(name, request)
+        with self._use(sandbox_id):
+            await entry.box.open_session(name, request)
 
     async def run(
         self, sandbox_id: str, name: str, request: RunRequest, on_output: OnOutput | None = None
@@ -149,13 +163,15 @@ class Registry:
         entry = self._entry(sandbox_id)
         check_session(name)
         _check_size(entry, request.command, {})
-        return await entry.box.run(name, request, on_output)
+        with self._use(sandbox_id):
+            return await entry.box.run(name, request, on_output)
 
     async def close_session(self, sandbox_id: str, name: str) -> None:
         """Ends a session; one that is not there is no error."""
         entry = self._entry(sandbox_id)
         check_session(name)
-        await entry.box.close_session(name)
+        with self._use(sandbox_id):
+            await entry.box.close_session(name)
 
     async def cancel(self, sandbox_id: str, operation: str) -> None:
         """Ends an operation that its caller has given up."""
@@ -184,10 +200,35 @@ class Registry:
         except KeyError:
             raise SandboxGone(f"there is no sandbox {sandbox_id}; it may have expired.") from None
 
+    @contextlib.contextmanager
+    def _use(self, sandbox_id: str) -> Iterator[_Entry]:
+        """Keeps a sandbox from being idle."""
+        entry = self._entry(sandbox_id)
+        entry.busy += 1
+        try:
+            yield entry
+        finally:
+            entry.busy -= 1
+            self._rest(entry)
+
+    def _rest(self, entry: _Entry) -> None:
+        """Begins the time that a sandbox may be idle; what is closed already has none."""
+        if entry.idle is not None:
+            entry.idle.cancel()
+        idle_s = entry.info.spec.idle_s
+        if idle_s is not None and not entry.busy:
+            loop = asyncio.get_running_loop()
+            entry.idle = loop.call_later(idle_s, self._end_idle, entry)
+
+    def _end_idle(self, entry: _Entry) -> None:
+        if not entry.busy and self._entries.get(entry.info.id) is entry:
+            log.info("removing sandbox %s, idle for %g s", entry.info.id, entry.info.spec.idle_s)
+            self._start_close(entry.info.id)
+
     def _start_close(self, sandbox_id: str) -> None:
         entry = self._entries.pop(sandbox_id, None)
         if entry is not None:
-            entry.expiry.cancel()
+            entry.stop()
             task = asyncio.get_running_loop().create_task(self._close(entry))
             self._closing[sandbox_id] = task
 

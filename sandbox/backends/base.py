@@ -17,6 +17,7 @@ from sandbox.api import (
     ExecRequest,
     ExecResult,
     Isolation,
+    Limits,
     RunRequest,
     SandboxInfo,
     SandboxSpec,
@@ -210,7 +211,12 @@ def open_link(directory: Path, spec: SandboxSpec, owner: int | None) -> Link:
 
 def open_workspace(directory: Path, spec: SandboxSpec, owner: int | None) -> Workspace:
     """The workspace of the sandbox with this directory."""
-    return Workspace(directory / "workspace", owner=owner, max_bytes=spec.limits.files_mb * MB)
+    return Workspace(directory / "data/workspace", owner=owner, max_bytes=spec.limits.files_mb * MB)
+
+
+def shm_bytes(limits: Limits) -> int:
+    """The size of a sandbox's /dev/shm: full, it leaves its agent memory to live in."""
+    return limits.memory_mb * MB // 2
 
 
 async def await_agent(

@@ -16,8 +16,6 @@ from sandbox.backends.base import AGENT_DIR, LINE_DIR
 # A user without rights, by the same number whatever user the host runs the sandbox as.
 _UID = 1000
 _FILES = {
-    "passwd": f"root:x:0:0::/:/bin/sh\nagent:x:{_UID}:{_UID}::/home/agent:/bin/sh\n",
-    "group": f"root:x:0:\nagent:x:{_UID}:\n",
     "hosts": "127.0.0.1 localhost sandbox\n::1 localhost\n",
     "resolv.conf": "",
 }
@@ -34,6 +32,14 @@ ENV = {
 }
 
 
+def users(uid: int) -> dict[str, str]:
+    """The files of /etc that name the user of a sandbox."""
+    return {
+        "passwd": f"root:x:0:0::/:/bin/sh\nagent:x:{uid}:{uid}::{ENV['HOME']}:/bin/sh\n",
+        "group": f"root:x:0:\nagent:x:{uid}:\n",
+    }
+
+
 def install(etc: Path, filter_path: Path) -> None:
     """Writes the system-call filter and the `/etc` that every sandbox of a service sees.
 
@@ -41,7 +47,7 @@ def install(etc: Path, filter_path: Path) -> None:
     """
     filter_path.write_bytes(seccomp.bpf(platform.machine()))
     (etc / "ssl").mkdir(parents=True)
-    for name, text in _FILES.items():
+    for name, text in {**users(_UID), **_FILES}.items():
         (etc / name).write_text(text)
     for name in _COPIED:
         if os.path.isfile(f"/etc/{name}"):
@@ -73,6 +79,7 @@ def arguments(
     box: Path,
     *,
     filter_fd: int,
+    shm_bytes: int,
     network: bool,
     die_with_parent: bool,
 ) -> list[str]:
@@ -84,8 +91,9 @@ def arguments(
     Args:
         etc: Directory that `install` made.
         agent: Directory with the agent's code.
-        box: Directory with the sandbox's `workspace`, `tmp`, `home` and `line`.
+        box: The sandbox's directory.
         filter_fd: Descriptor, inherited by `bwrap`, of the file with the system-call filter.
+        shm_bytes: Size of the shared memory.
         network: Whether to share the host's network.
         die_with_parent: Whether the kernel ends the sandbox when this process is killed.
     """
@@ -105,8 +113,11 @@ def arguments(
     if network:
         call += ["--share-net", "--ro-bind-try", "/etc/resolv.conf", "/etc/resolv.conf"]
     call += ["--proc", "/proc", "--ro-bind", "/proc/sys", "/proc/sys", "--dev", "/dev"]
+    # Shared memory counts as the sandbox's where a control group counts; elsewhere nothing does.
+    call += ["--size", str(shm_bytes), "--perms", "1777", "--tmpfs", "/dev/shm"]
+    call += ["--remount-ro", "/dev"]
     for name, place in (("tmp", "/tmp"), ("home", ENV["HOME"]), ("workspace", "/workspace")):
-        call += ["--bind", str(box / name), place]
+        call += ["--bind", str(box / "data" / name), place]
     call += ["--ro-bind", str(agent), AGENT_DIR, "--ro-bind", str(box / "line"), LINE_DIR]
     call += python()[1]
     call += ["--remount-ro", "/", "--chdir", "/workspace", "--clearenv"]

@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import logging
 import os
-import random
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any, Literal
 
 from sandbox import owner
 from sandbox.api import MB, Isolation, Limits, SandboxInfo
-from sandbox.backends import bubblewrap, cgroups
+from sandbox.backends import bubblewrap, cgroups, disk
 from sandbox.backends.base import (
     AGENT_DIR,
     LINE_DIR,
@@ -25,6 +24,7 @@ from sandbox.backends.base import (
     install_agent,
     open_link,
     open_workspace,
+    shm_bytes,
 )
 from sandbox.backends.inheritance import inherit
 from sandbox.backends.processes import Members, kill_all
@@ -32,9 +32,6 @@ from sandbox.errors import SandboxRefused, SandboxUnavailable
 from sandbox.workspace import remove_tree
 
 log = logging.getLogger("sandbox")
-
-# Users for sandboxes under root are drawn from here, far above those of people and packages.
-_FIRST_UID, _LAST_UID = 1 << 30, (1 << 31) - 2
 
 # The variable that marks the processes of a sandbox.
 _MARKER = "KLONG_SANDBOX"
@@ -45,7 +42,7 @@ _START_S, _ADOPT_S = 30.0, 5.0
 # Joins control groups, sets limits, then becomes the agent; $1 counts the groups.
 _SETUP = """n=$1; shift
 while [ "$n" -gt 0 ]; do echo 0 >"$1" || exit 125; shift; n=$((n-1)); done
-ulimit -c 0; ulimit -f "$1"; shift; exec "$@"
+ulimit -c 0; ulimit -f "$1"; ulimit -n "$2"; shift 2; exec "$@"
 """
 
 # Before every command where no control group holds the limit; dash says -p for what bash says -u.
@@ -82,7 +79,7 @@ class LocalBackend:
     async def start(self) -> list[Box]:
         """Chooses isolation and limits, and reaps or adopts what dead services left."""
         if self.isolation == "bubblewrap":
-            problem = bubblewrap.problem(_drop(_FIRST_UID if self._root else None))
+            problem = bubblewrap.problem(_drop(owner.FIRST_UID if self._root else None))
             if problem and not self._may_fall_back:
                 raise SandboxUnavailable(
                     f"bubblewrap isolation cannot be had: {problem}; only isolation none, "
@@ -113,11 +110,13 @@ class LocalBackend:
             raise SandboxRefused(
                 "image: the local backend has no images; leave it out or use --backend docker."
             )
-        uid = random.SystemRandom().randint(_FIRST_UID, _LAST_UID) if self._root else None
-        directory = owner.make_box_directory(self.own, info.id, uid)
+        uid = owner.draw_uid()
+        directory = owner.make_box_directory(self.own, info.id)
         record = owner.Record(info, uid=uid)
         record.write(directory)
         try:
+            await disk.mount(directory, info.spec.limits)
+            owner.make_places(directory, uid)
             groups = self.cgroups.create(info.id, info.spec.limits) if self.cgroups else []
             process = self._launch(record, directory, groups)
             started = owner.start_time(process.pid) or ""
@@ -148,7 +147,7 @@ class LocalBackend:
 
     def health(self) -> dict[str, Any]:
         """How limits are held."""
-        return {"limits": self.limits}
+        return {"limits": self.limits, "disk": disk.held()}
 
     async def _discard(self, directory: Path, record: owner.Record | None) -> None:
         """Kills every process of a sandbox and removes its directory and its group."""
@@ -158,6 +157,7 @@ class LocalBackend:
         await kill_all(Members(marker, session=session, uid=uid))
         if self.cgroups:
             await self.cgroups.remove(directory.name)
+        await disk.unmount(directory)
         await asyncio.to_thread(remove_tree, directory)
 
     async def _attach(
@@ -189,7 +189,7 @@ class LocalBackend:
             open_workspace(directory, spec, record.uid),
             link,
             close=close,
-            root="/workspace" if isolated else str(directory / "workspace"),
+            root="/workspace" if isolated else str(directory / "data/workspace"),
             prelude=self._prelude(spec.limits),
         )
 
@@ -198,8 +198,9 @@ class LocalBackend:
     ) -> subprocess.Popen[bytes]:
         """Starts a chain of programs, each replacing the one before it, that ends in the agent."""
         info = record.info
-        blocks = str(info.spec.limits.files_mb * MB // 512)
-        setup = ["/bin/sh", "-c", _SETUP, "sh", str(len(groups)), *map(str, groups), blocks]
+        limits = info.spec.limits
+        setup = ["/bin/sh", "-c", _SETUP, "sh", str(len(groups)), *map(str, groups)]
+        setup += [str(limits.files_mb * MB // 512), str(limits.open_files)]
         with contextlib.ExitStack() as stack:
             said = stack.enter_context(open(directory / "agent.log", "wb"))
             inherited = []
@@ -210,6 +211,7 @@ class LocalBackend:
                     self.agent,
                     directory,
                     filter_fd=inherited[0],
+                    shm_bytes=shm_bytes(limits),
                     network=info.spec.network,
                     die_with_parent=not self._durable,
                 )
@@ -234,8 +236,8 @@ class LocalBackend:
         """The command prefix that only sets the environment."""
         env = {
             **bubblewrap.ENV,
-            "HOME": str(directory / "home"),
-            "TMPDIR": str(directory / "tmp"),
+            "HOME": str(directory / "data/home"),
+            "TMPDIR": str(directory / "data/tmp"),
             _MARKER: info.id,
         }
         return ["/usr/bin/env", "-i", *(f"{name}={value}" for name, value in env.items())]
