@@ -202,13 +202,17 @@ class Server:
                 message = f"session {name!r}: its shell did not start (status {status})."
                 self._answer(operation, {"error": "refused", "message": message})
 
-        session = Session(
-            self._pool,
-            {**os.environ, **header["env"]},
-            header["cwd"],
-            header["prelude"],
-            keep=header["keep"],
-        )
+        try:
+            session = Session(
+                self._pool,
+                {**os.environ, **header["env"]},
+                header["cwd"],
+                header["prelude"],
+                keep=header["keep"],
+            )
+        except OSError as error:
+            message = f"session {name!r}: its shell cannot be started: {error.strerror}."
+            raise Refusal("refused", message) from None
         self._sessions[name] = session
         self._running[operation] = session.close
         session.run(":", None, on_status)

@@ -92,7 +92,8 @@ def _serve(sock: socket.socket) -> None:
         with suppress(OSError):
             signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    os.dup2(sock.fileno(), _SOCKET, inheritable=False)
+    if sock.fileno() != _SOCKET:  # The kernel refuses to put a descriptor where it is.
+        os.dup2(sock.fileno(), _SOCKET, inheritable=False)
     os.closerange(3, _SOCKET)
     os.closerange(_SOCKET + 1, 4096)
     null = os.open("/dev/null", os.O_RDWR)
