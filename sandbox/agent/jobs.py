@@ -75,6 +75,9 @@ class Outcome(NamedTuple):
 # Supervisors that are kept for the next commands.
 _MAX_IDLE = 2
 
+# The kernel, out of memory, takes a supervisor or what is below it before the agent.
+_FIRST_TO_GO, _LAST_TO_GO = b"500", b"0"
+
 
 class Pool:
     """The supervisors of a sandbox; some wait idle, for a fork would be felt."""
@@ -83,6 +86,8 @@ class Pool:
         """Makes an empty pool."""
         self.loop = loop
         self.alive: set[int] = set()
+        # Open before the agent's /proc is closed to itself, too.
+        self._oom_score = os.open("/proc/self/oom_score_adj", os.O_WRONLY | os.O_CLOEXEC)
         self._idle: list[supervisor.Supervisor] = []
 
     def acquire(self) -> supervisor.Supervisor:
@@ -100,7 +105,12 @@ class Pool:
                 self.release(self._start())
 
     def _start(self) -> supervisor.Supervisor:
-        started = supervisor.start()
+        # Inherited: set after its start it would come too late for what a command starts at once.
+        os.write(self._oom_score, _FIRST_TO_GO)
+        try:
+            started = supervisor.start()
+        finally:
+            os.write(self._oom_score, _LAST_TO_GO)
         self.alive.add(started.pid)
         return started
 

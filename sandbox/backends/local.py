@@ -39,9 +39,11 @@ _MARKER = "KLONG_SANDBOX"
 # Seconds for an agent to come up, and to dial a service that adopts it.
 _START_S, _ADOPT_S = 30.0, 5.0
 
-# Joins control groups, sets limits, then becomes the agent; $1 counts the groups.
+# Joins control groups, sets limits, then becomes the agent; $1 counts the groups. Nothing inside
+# may go back to a score under which the kernel, out of memory, spares the service.
 _SETUP = """n=$1; shift
 while [ "$n" -gt 0 ]; do echo 0 >"$1" || exit 125; shift; n=$((n-1)); done
+echo 0 2>/dev/null >/proc/self/oom_score_adj
 ulimit -c 0; ulimit -f "$1"; ulimit -n "$2"; shift 2; exec "$@"
 """
 
