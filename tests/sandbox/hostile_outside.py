@@ -46,7 +46,7 @@ def attack(what: str, outcome: str, mechanism: str) -> Callable[[_Program], _Pro
 
 
 async def _all_dead(argument: str) -> str:
-    dead = await asyncio.to_thread(wait_until, lambda: not sleepers(argument), timeout_s=1)
+    dead = await asyncio.to_thread(wait_until, lambda: not sleepers(argument), timeout_s=5)
     return "all dead" if dead else f"{len(sleepers(argument))} live"
 
 
@@ -69,10 +69,11 @@ async def _(scene: Scene) -> str:
     argument = unique_sleep()
     daemon = f"env -i setsid setsid -f sh -c 'trap \"\" TERM HUP; sleep {argument}; sleep 9'"
     running = asyncio.create_task(
-        scene.box.exec(f"({daemon} & {daemon}) >/dev/null 2>&1; sleep {argument}", timeout_s=0.6)
+        scene.box.exec(f"({daemon} & {daemon}) >/dev/null 2>&1; sleep {argument}")
     )
     seen = await asyncio.to_thread(wait_until, lambda: len(sleepers(argument)) >= 3)
-    await running
+    running.cancel()
+    await asyncio.wait([running])
     return await _all_dead(argument) if seen else "did not start"
 
 
@@ -109,7 +110,7 @@ async def _(scene: Scene) -> str:
 async def _(scene: Scene) -> str:
     result = await scene.box.exec("yes", timeout_s=0.4)
     limit = scene.box.info.spec.limits.output_bytes
-    kept = result.stdout_bytes > 1_000_000 and len(result.stdout) < limit + 100
+    kept = result.stdout_bytes > 100_000 and len(result.stdout) < limit + 100
     return "cut, counted" if kept else f"{len(result.stdout)} of {result.stdout_bytes} bytes"
 
 

@@ -5,12 +5,16 @@ from __future__ import annotations
 import asyncio
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from sandbox_helpers import Service, in_box, wait_until
+from sandbox_helpers import Service, in_box, require, wait_until
 
 from sandbox.client import Limits, Sandbox, SandboxClient, SandboxGone, SandboxRefused, SandboxSpec
+from sandbox.service import embedded
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root may mount a disk")
@@ -79,3 +83,34 @@ def test_an_idle_sandbox_is_removed_and_a_busy_one_is_not(service: Service) -> N
         assert await asyncio.to_thread(wait_until, gone)
 
     in_box(service.url, body, SandboxSpec(idle_s=0.4))
+
+
+_MAKE = """
+import asyncio, sys
+from pathlib import Path
+from sandbox.client import Limits, SandboxClient, SandboxSpec
+from sandbox.service import embedded
+
+async def make(url):
+    async with SandboxClient(url) as client:
+        await client.create(SandboxSpec(limits=Limits(disk_mb=20)))
+    print("made", flush=True)
+    await asyncio.sleep(60)
+
+with embedded("local", isolation="bubblewrap", state_dir=Path(sys.argv[1])) as url:
+    asyncio.run(make(url))
+"""
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root may mount a disk")
+def test_the_disk_of_a_killed_service_is_taken_away_by_the_next(state_dir: Path) -> None:
+    require("local-bubblewrap")
+    command = [sys.executable, "-c", _MAKE, str(state_dir)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as first:
+        assert first.stdout is not None
+        assert first.stdout.readline() == "made\n"
+        first.kill()
+    assert str(state_dir) in Path("/proc/mounts").read_text()
+    with embedded("local", isolation="bubblewrap", state_dir=state_dir):
+        assert str(state_dir) not in Path("/proc/mounts").read_text()
+        assert not list(state_dir.glob("*/*/sb-*"))
