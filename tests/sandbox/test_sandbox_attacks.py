@@ -15,7 +15,9 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-import hostile_inside
+import hostile
+import hostile_calls
+import hostile_host
 import hostile_outside
 import pytest
 from sandbox_helpers import make_backend, open_directory, require
@@ -41,7 +43,7 @@ LIMITS = Limits(
 
 def table() -> str:
     rows = ["| attack | outcome | by |", "|---|---|---|"]
-    for attack in hostile_inside.ATTACKS:
+    for attack in hostile.ATTACKS:
         other = f" (docker: {attack.docker})" if attack.docker != attack.outcome else ""
         rows.append(f"| {attack.what} | {attack.outcome}{other} | {attack.mechanism} |")
     for act in hostile_outside.ATTACKS:
@@ -114,10 +116,10 @@ def test_attacks_come_to_what_the_list_says(kind: str, abstract: str) -> None:
             await client.create(spec) as box,
             await client.create(spec) as peer,
         ):
-            await box.write("hostile.py", Path(hostile_inside.__file__).read_bytes())
-            inside = await box.exec(
-                "python3 hostile.py", stdin=json.dumps(facts), timeout_s=60, output_bytes=None
-            )
+            for module in (hostile, hostile_calls, hostile_host):
+                await box.write(f"{module.__name__}.py", Path(module.__file__).read_bytes())
+            run = "python3 -c 'import hostile, hostile_calls, hostile_host; hostile.main()'"
+            inside = await box.exec(run, stdin=json.dumps(facts), timeout_s=60)
             assert inside.exit_code == 0, inside
             found: dict[str, str] = json.loads(inside.stdout)
             scene = hostile_outside.Scene(box, peer, root / "outside")
@@ -137,7 +139,7 @@ def test_attacks_come_to_what_the_list_says(kind: str, abstract: str) -> None:
         assert str(root) not in Path("/proc/mounts").read_text()
     expected = {
         attack.what: attack.docker if kind == "docker" else attack.outcome
-        for attack in hostile_inside.ATTACKS
+        for attack in hostile.ATTACKS
     }
     expected |= {attack.what: attack.outcome for attack in hostile_outside.ATTACKS}
     different = {
