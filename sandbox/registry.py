@@ -212,16 +212,16 @@ class Registry:
             self._rest(entry)
 
     def _rest(self, entry: _Entry) -> None:
-        """Begins the time that a sandbox may be idle; what is closed already has none."""
+        """Begins the time that a sandbox may be idle; one that is closed already has none."""
         if entry.idle is not None:
             entry.idle.cancel()
         idle_s = entry.info.spec.idle_s
-        if idle_s is not None and not entry.busy:
+        if idle_s is not None and self._entries.get(entry.info.id) is entry:
             loop = asyncio.get_running_loop()
             entry.idle = loop.call_later(idle_s, self._end_idle, entry)
 
     def _end_idle(self, entry: _Entry) -> None:
-        if not entry.busy and self._entries.get(entry.info.id) is entry:
+        if not entry.busy:
             log.info("removing sandbox %s, idle for %g s", entry.info.id, entry.info.spec.idle_s)
             self._start_close(entry.info.id)
 
