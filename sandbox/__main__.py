@@ -23,6 +23,12 @@ def main(argv: list[str] | None = None) -> int:
     run.add_argument("--port", type=int, default=8700, help="0 takes a free port")
     run.add_argument("--state-dir", type=Path, help="where workspaces live")
     run.add_argument(
+        "--pool", type=int, default=0, help="sandboxes kept ready, of the kinds asked for last"
+    )
+    run.add_argument(
+        "--pool-idle", type=float, default=600.0, metavar="S", help="seconds one is kept ready"
+    )
+    run.add_argument(
         "--token-env",
         metavar="NAME",
         help="environment variable with the bearer token to ask for",
@@ -42,6 +48,8 @@ def main(argv: list[str] | None = None) -> int:
             port=options.port,
             token=token,
             state_dir=options.state_dir,
+            pool=options.pool,
+            pool_idle_s=options.pool_idle,
             announce=lambda sentence: print(sentence, flush=True),
         )
     except SandboxError as error:

@@ -28,6 +28,7 @@ from sandbox.backends.base import (
 from sandbox.backends.inheritance import inherit
 from sandbox.backends.processes import Members, kill_all
 from sandbox.errors import SandboxRefused, SandboxUnavailable
+from sandbox.store import Store
 from sandbox.workspace import remove_tree
 
 log = logging.getLogger("sandbox")
@@ -92,14 +93,16 @@ class LocalBackend:
         if self.isolation == "none":
             log.warning("sandboxes are not isolated (isolation: none): run only trusted commands")
         self.cgroups = cgroups.detect()
+        self.own = owner.claim(self._state_dir, durable=self._durable)
+        self.store = Store(self._state_dir / "store.db")
         inherited = await inherit(
             self._state_dir,
+            self.store,
             durable=self._durable,
             adopt=lambda directory, record: self._attach(record, directory, _ADOPT_S),
             reap=self._discard,
         )
         self._taken_over = inherited.directories
-        self.own = owner.claim(self._state_dir, durable=self._durable)
         self.etc, self.agent = self.own / "etc", self.own / "agent"
         await asyncio.to_thread(bubblewrap.install, self.etc)
         await asyncio.to_thread(install_agent, self.agent)
@@ -114,13 +117,13 @@ class LocalBackend:
         uid = random.SystemRandom().randint(_FIRST_UID, _LAST_UID) if self._root else None
         directory = owner.make_box_directory(self.own, info.id, uid)
         record = owner.Record(info, uid=uid)
-        record.write(directory)
+        self.store.write(directory.name, record)
         try:
             groups = self.cgroups.create(info.id, info.spec.limits) if self.cgroups else []
             process = self._launch(record, directory, groups)
             started = owner.start_time(process.pid) or ""
             record = dataclasses.replace(record, pid=process.pid, started=started)
-            record.write(directory)
+            self.store.write(directory.name, record)
             return await self._attach(record, directory, _START_S, process)
         except BaseException:
             await asyncio.shield(self._discard(directory, record))
@@ -130,6 +133,7 @@ class LocalBackend:
         """Removes the service's directories."""
         for own in (self.own, *self._taken_over):
             await asyncio.to_thread(remove_tree, own)
+        self.store.close()
 
     @property
     def limits(self) -> str:
@@ -156,6 +160,7 @@ class LocalBackend:
         await kill_all(Members(marker, session=session, uid=uid))
         if self.cgroups:
             await self.cgroups.remove(directory.name)
+        self.store.forget(directory.name)
         await asyncio.to_thread(remove_tree, directory)
 
     async def _attach(
@@ -218,7 +223,8 @@ class LocalBackend:
             system, bound = bubblewrap.python()
             python = sys.executable if bound else system
             line, agent = str(directory / "line"), str(self.agent)
-        start = agent_arguments([python, "-ISB", agent], line, info, durable=self._durable)
+        program = [python, "-ISB", f"{agent}/__main__.py"]
+        start = agent_arguments(program, line, info, durable=self._durable)
         with open(directory / "agent.log", "wb") as said:
             return subprocess.Popen(
                 [*setup, *_drop(record.uid), *sandbox, *start],
