@@ -82,7 +82,7 @@ class LocalBackend:
     async def start(self) -> list[Box]:
         """Chooses isolation and limits, and reaps or adopts what dead services left."""
         if self.isolation == "bubblewrap":
-            problem = bubblewrap.problem(_drop(_FIRST_UID if self._root else None))
+            problem = bubblewrap_problem()
             if problem and not self._may_fall_back:
                 raise SandboxUnavailable(
                     f"bubblewrap isolation cannot be had: {problem}; only isolation none, "
@@ -240,6 +240,11 @@ class LocalBackend:
             return ""
         memory = f"ulimit -v {limits.memory_mb * MB // 1024}; "
         return memory + ("" if self.limits == "rlimits" else _PROCESSES.format(limits.pids))
+
+
+def bubblewrap_problem() -> str | None:
+    """Why sandboxes cannot be isolated by bubblewrap here, or None."""
+    return bubblewrap.problem(_drop(_FIRST_UID if os.geteuid() == 0 else None))
 
 
 def _parent(pid: int) -> int | None:

@@ -278,6 +278,16 @@ class SandboxConfig(Section):
     """Environment variable that holds the bearer token to ask for."""
     state_dir: Path | None
     """Where workspaces live; null is the temporary directory."""
+    pool: int = Field(ge=0)
+    """Sandboxes kept ready, of the kinds asked for last; 0 makes each when it is asked for."""
+    pool_idle_s: float = Field(gt=0)
+    """Seconds that one is kept ready."""
+    url: str | None
+    """Of ps, exec, logs and rm: the service to ask; null is the one at host and port."""
+    timeout_s: float = Field(gt=0)
+    """Of exec: seconds until its command is killed."""
+    image: str
+    """Of doctor: the image that the docker backend takes by default."""
 
 
 class BenchConfig(Section):
