@@ -27,7 +27,7 @@ COMMANDS: dict[str, str] = {
     "report": "Prints the results of a run and writes its report.html again.",
     "corpora": "Lists the tokenised corpora on disk, and removes what is not used any more.",
     "sandbox": "Serves sandboxes; ps, exec, logs, rm and doctor say what becomes of them.",
-    "bench": "Times the kernels on this machine, beside their peers.",
+    "bench": "Times kernels, training and sandboxes on this machine, beside their peers.",
     "doctor": "Says what this machine can do and what it lacks.",
 }
 """Each is `run(settings)`, or `run(settings, *words)`, in klong_jax/pipelines/COMMAND.py, imported

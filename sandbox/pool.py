@@ -22,6 +22,8 @@ from sandbox.errors import SandboxError
 
 log = logging.getLogger("sandbox")
 
+_PAUSE_S = 0.05
+
 
 @dataclass(eq=False)
 class _Kind:
@@ -112,6 +114,8 @@ class Pool:
 
     async def _fill(self) -> None:
         try:
+            # After the first command of whoever has just come.
+            await asyncio.sleep(_PAUSE_S)
             while kind := self._lacking():
                 await self._add(kind)
         finally:

@@ -176,7 +176,7 @@ class Registry:
     def usage(self) -> dict[str, dict[str, Any]]:
         """What each sandbox takes of the host now, by id."""
         agents = {i: entry.box.link.agent_pid or 0 for i, entry in self._entries.items()}
-        used = usage(agents.values())
+        used = usage(agents.values(), minded=self.backend.isolation != "none")
         return {
             sandbox_id: {
                 "state": self._state(self._entries[sandbox_id]),

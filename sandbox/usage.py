@@ -11,19 +11,27 @@ from sandbox.agent import processes
 
 @dataclass(frozen=True)
 class Usage:
-    """Processes of a sandbox, its agent's included, and the bytes of memory they share fairly."""
+    """Processes of a sandbox and around it, and the bytes of memory that they share fairly."""
 
     processes: int
     memory_bytes: int
 
 
-def usage(agents: Iterable[int]) -> dict[int, Usage]:
-    """The usage of sandboxes by their agents' process ids on this host."""
+def usage(firsts: Iterable[int], *, minded: bool) -> dict[int, Usage]:
+    """The usage of sandboxes, by the id on this host of the first process of each.
+
+    Args:
+        firsts: First processes, such as agents.
+        minded: Whether the parent of each serves it alone, as bubblewrap's process and a
+            container's shim do; it then counts, too.
+    """
     table = processes.table()
     found = {}
-    for agent in agents:
-        members = {agent} & table.keys() | processes.below([agent], table)
-        found[agent] = Usage(len(members), sum(map(_memory, members)))
+    for first in firsts:
+        members = {first} & table.keys() | processes.below([first], table)
+        if minded and first in table:
+            members.add(table[first].parent)
+        found[first] = Usage(len(members), sum(map(_memory, members)))
     return found
 
 

@@ -291,10 +291,10 @@ class SandboxConfig(Section):
 
 
 class BenchConfig(Section):
-    """The speed of a kernel beside its peers, or of training on windows that begin alike."""
+    """The speed of a kernel beside its peers, of training on alike windows, or of sandboxes."""
 
-    what: Literal["attention", "grouped_matmul", "linear_cross_entropy", "sft"]
-    """The kernel, or sft."""
+    what: Literal["attention", "grouped_matmul", "linear_cross_entropy", "sft", "sandbox"]
+    """The kernel, or sft, or sandbox."""
     backend: str | None
     """A kernel's backend; null takes the one of this platform."""
     table: Literal["windows", "trajectories", "growth", "longest", "mixture"] | None
@@ -305,9 +305,9 @@ class BenchConfig(Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        if self.what == "sft" and self.backend is not None:
+        if self.what in ("sft", "sandbox") and self.backend is not None:
             raise UserError(
-                f"backend={self.backend}: training has no backend of its own; leave it out."
+                f"backend={self.backend}: what={self.what} has no kernel of its own; leave it out."
             )
         if self.what != "sft" and self.table is not None:
             raise UserError(f"table={self.table}: only what=sft has tables; leave it out.")
