@@ -127,6 +127,23 @@ class SandboxInfo:
 
 
 @dataclass(frozen=True)
+class Event:
+    """Something that was done to a sandbox, or in it.
+
+    Attributes:
+        number: Grows with time; unique in a state directory.
+        at: Unix seconds.
+        kind: What, as `sandbox.registry` names it: "create", "exec", "exit", "close" ...
+        facts: The rest, by name.
+    """
+
+    number: int
+    at: float
+    kind: str
+    facts: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class ExecRequest:
     """One command, run by `sh -c` in the workspace.
 

@@ -9,20 +9,18 @@ sandboxes outlive it too, and the next durable service takes the directory over 
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import secrets
 import tempfile
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from sandbox.api import SandboxInfo, parse, to_json
-from sandbox.errors import SandboxRefused, SandboxUnavailable
+from sandbox.api import SandboxInfo
+from sandbox.errors import SandboxUnavailable
 
-_DURABLE, _RECORD = "durable", "record.json"
+_DURABLE = "durable"
 
 # The directories that a sandbox may write.
 PLACES = ("workspace", "tmp", "home")
@@ -78,22 +76,6 @@ class Record:
     def is_alive(self) -> bool:
         """Whether the sandbox still runs."""
         return self.pid > 0 and start_time(self.pid) == self.started
-
-    def write(self, box: Path) -> None:
-        """Replaces the record in a sandbox's directory."""
-        fields = {"pid": self.pid, "started": self.started, "uid": self.uid}
-        text = json.dumps({"info": to_json(self.info), **fields})
-        part = box / f"{_RECORD}.part"
-        part.write_text(text)
-        part.replace(box / _RECORD)
-
-    @staticmethod
-    def read(box: Path) -> Record | None:
-        """The record in a sandbox's directory, or None if its making had not come so far."""
-        with suppress(OSError, ValueError, KeyError, SandboxRefused):
-            fields = json.loads((box / _RECORD).read_text())
-            return Record(parse(SandboxInfo, json.dumps(fields.pop("info"))), **fields)
-        return None
 
 
 def claim(state_dir: Path, *, durable: bool = False) -> Path:

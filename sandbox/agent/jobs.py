@@ -7,7 +7,6 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from typing import NamedTuple
 
 from sandbox.agent import processes, supervisor
 from sandbox.agent.loop import Loop, Timer, read_some
@@ -65,11 +64,12 @@ class Capture:
         os.close(self.write_end)
 
 
-class Outcome(NamedTuple):
+class Outcome:
     """How a job ended; `status` is None when it was killed on request."""
 
-    status: int | None
-    complaint: str
+    def __init__(self, status: int | None, complaint: str) -> None:
+        """Wraps what its supervisor says."""
+        self.status, self.complaint = status, complaint
 
 
 # Supervisors that are kept for the next commands.

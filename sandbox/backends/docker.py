@@ -40,6 +40,7 @@ from sandbox.backends.base import (
 from sandbox.backends.bubblewrap import ENV, users
 from sandbox.backends.inheritance import inherit
 from sandbox.errors import SandboxError, SandboxGone, SandboxRefused, SandboxUnavailable
+from sandbox.store import Store
 from sandbox.workspace import remove_tree
 
 log = logging.getLogger("sandbox")
@@ -84,15 +85,17 @@ class DockerBackend:
         except DockerException as error:
             raise SandboxUnavailable(f"no Docker daemon answers: {error}.") from None
         self._version: str = version["Version"]
+        self.own = owner.claim(self._state_dir, durable=self._durable)
+        self.store = Store(self._state_dir / "store.db")
         inherited = await inherit(
             self._state_dir,
+            self.store,
             durable=self._durable,
             adopt=lambda directory, record: self._attach(record, directory, _ADOPT_S),
             reap=self._discard,
         )
         self._taken_over = inherited.directories
         await self._call(self._reap_containers)
-        self.own = owner.claim(self._state_dir, durable=self._durable)
         self.agent = self.own / "agent"
         await asyncio.to_thread(install_agent, self.agent)
         return inherited.boxes
@@ -102,7 +105,7 @@ class DockerBackend:
         uid = owner.draw_uid()
         directory = owner.make_box_directory(self.own, info.id)
         record = owner.Record(info, uid=uid)
-        record.write(directory)
+        self.store.write(directory.name, record)
         try:
             await disk.mount(directory, info.spec.limits)
             owner.make_places(directory, uid)
@@ -110,7 +113,7 @@ class DockerBackend:
             pid = await self._call(self._start_container, info.id)
             started = owner.start_time(pid) or ""
             record = dataclasses.replace(record, pid=pid, started=started)
-            record.write(directory)
+            self.store.write(directory.name, record)
             return await self._attach(record, directory, _START_S)
         except BaseException:
             await asyncio.shield(self._discard(directory, record))
@@ -120,6 +123,7 @@ class DockerBackend:
         """Removes the service's directories and closes the connections."""
         for own in (self.own, *self._taken_over):
             await asyncio.to_thread(remove_tree, own)
+        self.store.close()
         self.client.close()
         self._threads.shutdown(wait=False)
 
@@ -180,7 +184,7 @@ class DockerBackend:
             # Only an agent that cannot start writes there.
             log_config=LogConfig(type="json-file", config={"max-size": "64k", "max-file": "1"}),
         )
-        python = ["python3", "-ISB", AGENT_DIR]
+        python = ["python3", "-ISB", f"{AGENT_DIR}/__main__.py"]
         api.create_container(
             info.spec.image or DEFAULT_IMAGE,
             name=_name(info.id),
@@ -214,7 +218,7 @@ class DockerBackend:
     async def _attach(self, record: owner.Record, directory: Path, patience_s: float) -> Box:
         """A sandbox whose container runs, once its agent has dialled."""
         if record.pid == 0:
-            said = await self._call(self.client.api.logs, _name(record.info.id), tail=1)
+            said = await self._call(self.client.api.logs, _name(directory.name), tail=1)
             raise SandboxRefused(f"{_NO_PYTHON} It said: {said.decode(errors='replace').strip()}")
         spec = record.info.spec
         link = open_link(directory, spec, record.uid)
@@ -234,6 +238,7 @@ class DockerBackend:
                 self.client.api.remove_container, _name(directory.name), force=True, v=True
             )
         await disk.unmount(directory)
+        self.store.forget(directory.name)
         await asyncio.to_thread(remove_tree, directory)
 
     def _reap_containers(self) -> None:

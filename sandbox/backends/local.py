@@ -29,6 +29,7 @@ from sandbox.backends.base import (
 from sandbox.backends.inheritance import inherit
 from sandbox.backends.processes import Members, kill_all
 from sandbox.errors import SandboxRefused, SandboxUnavailable
+from sandbox.store import Store
 from sandbox.workspace import remove_tree
 
 log = logging.getLogger("sandbox")
@@ -81,7 +82,7 @@ class LocalBackend:
     async def start(self) -> list[Box]:
         """Chooses isolation and limits, and reaps or adopts what dead services left."""
         if self.isolation == "bubblewrap":
-            problem = bubblewrap.problem(_drop(owner.FIRST_UID if self._root else None))
+            problem = bubblewrap_problem()
             if problem and not self._may_fall_back:
                 raise SandboxUnavailable(
                     f"bubblewrap isolation cannot be had: {problem}; only isolation none, "
@@ -92,14 +93,16 @@ class LocalBackend:
         if self.isolation == "none":
             log.warning("sandboxes are not isolated (isolation: none): run only trusted commands")
         self.cgroups = cgroups.detect()
+        self.own = owner.claim(self._state_dir, durable=self._durable)
+        self.store = Store(self._state_dir / "store.db")
         inherited = await inherit(
             self._state_dir,
+            self.store,
             durable=self._durable,
             adopt=lambda directory, record: self._attach(record, directory, _ADOPT_S),
             reap=self._discard,
         )
         self._taken_over = inherited.directories
-        self.own = owner.claim(self._state_dir, durable=self._durable)
         self.etc, self.agent, self.filter = (self.own / name for name in ("etc", "agent", "filter"))
         if self.isolation == "bubblewrap":
             await asyncio.to_thread(bubblewrap.install, self.etc, self.filter)
@@ -115,7 +118,7 @@ class LocalBackend:
         uid = owner.draw_uid()
         directory = owner.make_box_directory(self.own, info.id)
         record = owner.Record(info, uid=uid)
-        record.write(directory)
+        self.store.write(directory.name, record)
         try:
             await disk.mount(directory, info.spec.limits)
             owner.make_places(directory, uid)
@@ -123,7 +126,7 @@ class LocalBackend:
             process = self._launch(record, directory, groups)
             started = owner.start_time(process.pid) or ""
             record = dataclasses.replace(record, pid=process.pid, started=started)
-            record.write(directory)
+            self.store.write(directory.name, record)
             return await self._attach(record, directory, _START_S, process)
         except BaseException:
             await asyncio.shield(self._discard(directory, record))
@@ -133,6 +136,7 @@ class LocalBackend:
         """Removes the service's directories."""
         for own in (self.own, *self._taken_over):
             await asyncio.to_thread(remove_tree, own)
+        self.store.close()
 
     @property
     def limits(self) -> str:
@@ -160,6 +164,7 @@ class LocalBackend:
         if self.cgroups:
             await self.cgroups.remove(directory.name)
         await disk.unmount(directory)
+        self.store.forget(directory.name)
         await asyncio.to_thread(remove_tree, directory)
 
     async def _attach(
@@ -223,7 +228,8 @@ class LocalBackend:
                 system, bound = bubblewrap.python()
                 python = sys.executable if bound else system
                 line, agent = str(directory / "line"), str(self.agent)
-            start = agent_arguments([python, "-ISB", agent], line, info, durable=self._durable)
+            program = [python, "-ISB", f"{agent}/__main__.py"]
+            start = agent_arguments(program, line, info, durable=self._durable)
             return subprocess.Popen(
                 [*setup, *_drop(record.uid), *sandbox, *start],
                 stdin=subprocess.DEVNULL,
@@ -249,6 +255,11 @@ class LocalBackend:
             return ""
         memory = f"ulimit -v {limits.memory_mb * MB // 1024}; "
         return memory + ("" if self.limits == "rlimits" else _PROCESSES.format(limits.pids))
+
+
+def bubblewrap_problem() -> str | None:
+    """Why sandboxes cannot be isolated by bubblewrap here, or None."""
+    return bubblewrap.problem(_drop(owner.FIRST_UID if os.geteuid() == 0 else None))
 
 
 def _parent(pid: int) -> int | None:
