@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -25,11 +26,12 @@ COMMANDS: dict[str, str] = {
     "rubric": "Shows what rubrics ask for, and their scores if they are graded.",
     "report": "Prints the results of a run and writes its report.html again.",
     "corpora": "Lists the tokenised corpora on disk, and removes what is not used any more.",
-    "sandbox": "Serves sandboxes to other processes and hosts.",
-    "bench": "Times the kernels on this machine, beside their peers.",
+    "sandbox": "Serves sandboxes; ps, exec, logs, rm and doctor say what becomes of them.",
+    "bench": "Times kernels, training and sandboxes on this machine, beside their peers.",
     "doctor": "Says what this machine can do and what it lacks.",
 }
-"""Each is `run(settings)` in klong_jax/pipelines/COMMAND.py, imported when it is called."""
+"""Each is `run(settings)`, or `run(settings, *words)`, in klong_jax/pipelines/COMMAND.py, imported
+when it is called; it may return an exit status."""
 
 _EXAMPLES = """Examples:
   klong doctor                                  is everything here that I need?
@@ -38,6 +40,7 @@ _EXAMPLES = """Examples:
   klong split data.path=FILE splitting.context_limit=4096 splitting.overlap=512
   klong split data.path=FILE --stats plot=corpus.svg
   klong convert source=HF_DIR output=POLICY_DIR and back with source=POLICY_DIR output=HF_DIR
+  klong sandbox serve pool=8                    then klong sandbox ps, exec ID 'COMMAND', logs ID
   klong rubric path=FILE_OR_FOLDER output=rubric.json
 
 Settings are overridden with NAME=VALUE; `klong COMMAND --help` explains each. Their defaults are
@@ -60,6 +63,11 @@ _FLAGS = ("--multirun", "-m", *_SHORT, "--help", "-h")
 # Hydra's own; those with a value take it as the next word or after "=".
 _HYDRA_FLAGS = ("--resolve", "--hydra-help")
 _HYDRA_OPTIONS = ("--cfg", "-c", "--package", "-p", "--info", "-i")
+
+
+_WITH_WORDS = ("sandbox",)
+"""Commands whose arguments are not settings alone; the others are words of their own."""
+_SETTING = re.compile(r"[+~]*[a-z_.]+=\S*")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -124,7 +132,18 @@ def _dispatch(command: str, arguments: list[str]) -> int:
 
         print(help_text(command, [word for word in arguments if word not in _FLAGS]))
         return 0
-    return _run_hydra(command, _hydra_arguments(command, arguments))
+    words = _words(arguments) if command in _WITH_WORDS else []
+    settings = [word for word in arguments if word not in words]
+    return _run_hydra(command, _hydra_arguments(command, settings), words)
+
+
+def _words(arguments: list[str]) -> list[str]:
+    """Those that are neither settings nor options, nor the value of one."""
+    return [
+        word
+        for before, word in zip(["", *arguments], arguments, strict=False)
+        if not (word.startswith("-") or _SETTING.fullmatch(word) or before in _HYDRA_OPTIONS)
+    ]
 
 
 def _hydra_arguments(command: str, arguments: list[str]) -> list[str]:
@@ -152,7 +171,7 @@ def _hydra_arguments(command: str, arguments: list[str]) -> list[str]:
     return words
 
 
-def _run_hydra(command: str, arguments: list[str]) -> int:
+def _run_hydra(command: str, arguments: list[str], words: list[str]) -> int:
     import hydra
     from hydra.core.hydra_config import HydraConfig
 
@@ -164,7 +183,8 @@ def _run_hydra(command: str, arguments: list[str]) -> int:
         nonlocal status
         try:
             settings = validate(command, composed, HydraConfig.get().overrides.task)
-            importlib.import_module(f"klong_jax.pipelines.{command}").run(settings)
+            module = importlib.import_module(f"klong_jax.pipelines.{command}")
+            status = max(status, module.run(settings, *words) or 0)
         except UserError as error:
             # Said here, so that one bad job of a multirun does not end the others.
             _say(command, error)

@@ -75,8 +75,15 @@ class Limits:
     """Megabytes (10^6 bytes) of memory, swap included."""
     pids: Annotated[int, Field(ge=8)] = 256
     """Processes and threads alive at once, the sandbox's own few included."""
+    open_files: Annotated[int, Field(ge=64, le=1_048_576)] = 4096
+    """Descriptors that one process may have open."""
     files_mb: Annotated[int, Field(ge=1)] = 1024
     """Megabytes of the largest file a command may write, and of the largest transfer."""
+    disk_mb: Annotated[int, Field(ge=8)] | None = None
+    """Megabytes of all files together: workspace, home and /tmp; None: as many as the host has.
+    Needs a service that runs as root, and `mkfs.ext4`."""
+    inodes: Annotated[int, Field(ge=64)] | None = None
+    """Files, directories and links together; needs `disk_mb`. None: one for each 16 kB of it."""
     output_bytes: Annotated[int, Field(ge=256, le=16_777_216)] = 262_144
     """Bytes kept of each of stdout and stderr; the middle of a longer output is left out."""
 
@@ -91,6 +98,8 @@ class SandboxSpec:
         env: Environment variables of every command.
         labels: Free text kept with the sandbox and shown in listings.
         lifetime_s: Seconds after which the service removes it.
+        idle_s: Seconds without a request after which the service removes it; a running command is
+            a request, a session or its background job none. None: never.
         network: Whether its commands may reach the network.
     """
 
@@ -101,6 +110,7 @@ class SandboxSpec:
     env: Env = field(default_factory=dict)
     labels: Mapping[str, str] = field(default_factory=dict)
     lifetime_s: Annotated[float, Field(gt=0)] = 86_400.0
+    idle_s: Annotated[float, Field(gt=0)] | None = None
     network: bool = False
 
 
@@ -114,6 +124,23 @@ class SandboxInfo:
     created_at: float
     expires_at: float
     spec: SandboxSpec
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that was done to a sandbox, or in it.
+
+    Attributes:
+        number: Grows with time; unique in a state directory.
+        at: Unix seconds.
+        kind: What, as `sandbox.registry` names it: "create", "exec", "exit", "close" ...
+        facts: The rest, by name.
+    """
+
+    number: int
+    at: float
+    kind: str
+    facts: Mapping[str, Any]
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,13 @@ import io
 import json
 import secrets
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
 from sandbox.api import (
+    Event,
     ExecRequest,
     ExecResult,
     Limits,
@@ -43,6 +44,7 @@ from sandbox.errors import (
 from sandbox.transport import OnOutput, Transport
 
 __all__ = [
+    "Event",
     "ExecResult",
     "Limits",
     "Sandbox",
@@ -139,6 +141,28 @@ class SandboxClient:
         """Every sandbox of the service."""
         answer = json.loads(await self._request("GET", "/sandboxes"))
         return [parse(SandboxInfo, json.dumps(info)) for info in answer["sandboxes"]]
+
+    async def usage(self) -> dict[str, dict[str, Any]]:
+        """What each sandbox takes of the service's host now, by id.
+
+        A `state` (idle, busy or lost), `processes`, and their `memory_bytes`.
+        """
+        answer: dict[str, dict[str, Any]] = json.loads(await self._request("GET", "/usage"))
+        return answer["usage"]
+
+    async def log(self, sandbox_id: str, *, after: int = 0) -> Sequence[Event]:
+        """What was done to a sandbox, and in it, also when it is no more; up to 1000 events.
+
+        Args:
+            sandbox_id: Which one.
+            after: Number of the last event already seen.
+
+        Raises:
+            SandboxGone: the log never had it, or no more.
+        """
+        path, query = f"/sandboxes/{sandbox_id}/log", {"after": str(after)}
+        answer = json.loads(await self._request("GET", path, query=query))
+        return [Event(**event) for event in answer["events"]]
 
     async def _command(
         self,

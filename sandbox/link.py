@@ -157,6 +157,11 @@ class Link:
             self._wire.transport.abort()
         (self._server or self._listener).close()
 
+    @property
+    def is_lost(self) -> bool:
+        """Whether the agent has gone."""
+        return self._error is not None
+
     def end(self) -> None:
         """Asks the agent to end the sandbox."""
         self._send(encode({"op": "exit"}))

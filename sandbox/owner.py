@@ -9,19 +9,24 @@ sandboxes outlive it too, and the next durable service takes the directory over 
 
 from __future__ import annotations
 
-import json
 import os
+import random
 import secrets
 import tempfile
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from sandbox.api import SandboxInfo, parse, to_json
-from sandbox.errors import SandboxRefused, SandboxUnavailable
+from sandbox.api import SandboxInfo
+from sandbox.errors import SandboxUnavailable
 
-_DURABLE, _RECORD = "durable", "record.json"
+_DURABLE = "durable"
+
+# The directories that a sandbox may write.
+PLACES = ("workspace", "tmp", "home")
+
+# Users for sandboxes under root are drawn from here, far above those of people and packages.
+FIRST_UID, _LAST_UID = 1 << 30, (1 << 31) - 2
 
 
 def default_state_dir() -> Path:
@@ -72,22 +77,6 @@ class Record:
         """Whether the sandbox still runs."""
         return self.pid > 0 and start_time(self.pid) == self.started
 
-    def write(self, box: Path) -> None:
-        """Replaces the record in a sandbox's directory."""
-        fields = {"pid": self.pid, "started": self.started, "uid": self.uid}
-        text = json.dumps({"info": to_json(self.info), **fields})
-        part = box / f"{_RECORD}.part"
-        part.write_text(text)
-        part.replace(box / _RECORD)
-
-    @staticmethod
-    def read(box: Path) -> Record | None:
-        """The record in a sandbox's directory, or None if its making had not come so far."""
-        with suppress(OSError, ValueError, KeyError, SandboxRefused):
-            fields = json.loads((box / _RECORD).read_text())
-            return Record(parse(SandboxInfo, json.dumps(fields.pop("info"))), **fields)
-        return None
-
 
 def claim(state_dir: Path, *, durable: bool = False) -> Path:
     """Makes and returns this service's own directory in `state_dir`.
@@ -133,22 +122,32 @@ def _own_name() -> str:
     return f"{this_process()}-{secrets.token_hex(4)}"
 
 
-def make_box_directory(own: Path, sandbox_id: str, uid: int | None) -> Path:
-    """Makes the directory of a sandbox: `workspace`, `tmp` and `home`, given to user `uid`.
+def make_box_directory(own: Path, sandbox_id: str) -> Path:
+    """Makes the directory of a sandbox.
 
-    `line`, where the agent finds the service's socket, stays this process's own.
+    In it are `line`, where the agent finds the service's socket and which stays this process's
+    own, and `data`, which `make_places` fills.
     """
     box = own / sandbox_id
-    box.mkdir()
-    box.chmod(0o711)
-    (box / "line").mkdir()
-    (box / "line").chmod(0o711)
-    for name in ("workspace", "tmp", "home"):
-        (box / name).mkdir()
-        (box / name).chmod(0o700)
-        if uid is not None:
-            os.chown(box / name, uid, uid)
+    for directory in (box, box / "line", box / "data"):
+        directory.mkdir()
+        directory.chmod(0o711)
     return box
+
+
+def make_places(box: Path, uid: int | None) -> None:
+    """Makes what a sandbox may write, `PLACES` in its `data`, and gives it to user `uid`."""
+    for name in PLACES:
+        place = box / "data" / name
+        place.mkdir()
+        place.chmod(0o700)
+        if uid is not None:
+            os.chown(place, uid, uid)
+
+
+def draw_uid() -> int | None:
+    """A user for one sandbox alone, as root can give it; None for anyone else."""
+    return random.SystemRandom().randint(FIRST_UID, _LAST_UID) if os.geteuid() == 0 else None
 
 
 def abandoned(state_dir: Path) -> Iterator[Path]:

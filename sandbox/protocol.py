@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import struct
-from typing import Any
 
 VERSION = 1
 
@@ -23,7 +22,14 @@ MAX_HEADER = 1 << 20
 
 _LENGTHS = struct.Struct(">II")
 
-Header = dict[str, Any]
+# As in `typing`, whose import a sandbox would wait for.
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    Header = dict[str, Any]
+else:
+    Header = dict
 
 
 class ProtocolError(Exception):

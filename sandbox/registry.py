@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import dataclasses
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Awaitable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from sandbox.api import (
+    Event,
     ExecRequest,
     ExecResult,
     RunRequest,
@@ -22,6 +26,9 @@ from sandbox.api import (
 from sandbox.backends.base import Backend, Box
 from sandbox.errors import SandboxError, SandboxGone, SandboxRefused, SandboxUnavailable
 from sandbox.link import OnOutput
+from sandbox.metrics import Metrics
+from sandbox.pool import Pool
+from sandbox.usage import usage
 from sandbox.workspace import Workspace
 
 log = logging.getLogger("sandbox")
@@ -33,19 +40,41 @@ _MAX_COMMAND = 120_000
 _MAX_FORBIDDEN = 10_000
 
 
+R = TypeVar("R", bound=ExecResult)
+
+
 @dataclass
 class _Entry:
     info: SandboxInfo
     box: Box
     expiry: asyncio.TimerHandle
+    # Requests under way, and the end of the time that it may go without one.
+    busy: int = 0
+    idle: asyncio.TimerHandle | None = None
+
+    def stop(self) -> None:
+        """Cancels both timers."""
+        self.expiry.cancel()
+        if self.idle is not None:
+            self.idle.cancel()
 
 
 class Registry:
     """Creates, finds and removes sandboxes on one event loop."""
 
-    def __init__(self, backend: Backend) -> None:
-        """Keeps the sandboxes of a started backend."""
+    def __init__(self, backend: Backend, *, pool: int = 0, pool_idle_s: float = 600.0) -> None:
+        """Keeps the sandboxes of a backend; `start` starts it.
+
+        Args:
+            backend: Not started yet.
+            pool: Sandboxes that are kept ready, of the kinds asked for last.
+            pool_idle_s: Seconds that one is kept ready.
+        """
         self.backend = backend
+        self.pool = Pool(backend, size=pool, idle_s=pool_idle_s, on_idle=self._reaped)
+        self.metrics = Metrics(
+            living=lambda: len(self._entries), waiting=lambda: len(self.pool.waiting)
+        )
         self._entries: dict[str, _Entry] = {}
         self._closing: dict[str, asyncio.Task[None]] = {}
         self._creating: set[str] = set()
@@ -57,6 +86,7 @@ class Registry:
         """Starts the backend; the sandboxes that it adopts are kept from now on."""
         for box in await self.backend.start():
             self._keep(box)
+            self.backend.store.log(box.info.id, "adopt")
 
     async def create(self, sandbox_id: str, spec: SandboxSpec) -> SandboxInfo:
         """Makes a sandbox that expires after the spec's lifetime.
@@ -89,7 +119,7 @@ class Registry:
             expires_at=now + spec.lifetime_s,
             spec=spec,
         )
-        creation = asyncio.ensure_future(self.backend.create(info))
+        creation = asyncio.ensure_future(self._make(info))
         try:
             box = await asyncio.shield(creation)
         except asyncio.CancelledError:
@@ -102,11 +132,32 @@ class Registry:
         self._keep(box)
         return info
 
+    async def _make(self, info: SandboxInfo) -> Box:
+        """Claims or makes a sandbox; the intent is in the log before, the outcome after."""
+        note = self.backend.store.log
+        began = time.monotonic()
+        limits = dataclasses.asdict(info.spec.limits)
+        note(info.id, "create", image=info.spec.image, limits=limits, labels=info.spec.labels)
+        try:
+            box = await self.pool.claim(info)
+            source = "new" if box is None else "pool"
+            if box is None:
+                box = await self.backend.create(info)
+        except (SandboxError, OSError) as error:
+            note(info.id, "fail", error=str(error))
+            raise
+        self.pool.want(info.spec)
+        seconds = time.monotonic() - began
+        note(info.id, "ready", source=source, seconds=round(seconds, 6))
+        self.metrics.creations.labels(source).observe(seconds)
+        return box
+
     def _keep(self, box: Box) -> None:
         left_s = max(0.0, box.info.expires_at - time.time())
         loop = asyncio.get_running_loop()
-        expiry = loop.call_later(left_s, self._start_close, box.info.id)
-        self._entries[box.info.id] = _Entry(box.info, box, expiry)
+        expiry = loop.call_later(left_s, self._expire, box.info.id)
+        entry = self._entries[box.info.id] = _Entry(box.info, box, expiry)
+        self._rest(entry)
 
     def list(self) -> list[SandboxInfo]:
         """Every sandbox, oldest first."""
@@ -120,9 +171,40 @@ class Registry:
         """
         return self._entry(sandbox_id).info
 
-    def workspace(self, sandbox_id: str) -> Workspace:
-        """The files of a sandbox."""
-        return self._entry(sandbox_id).box.workspace
+    def events(self, sandbox_id: str, *, after: int, limit: int) -> Sequence[Event]:
+        """What was done to a sandbox, and in it, also when it is no more.
+
+        Raises:
+            SandboxGone: nothing is known of it, or no more.
+        """
+        found = self.backend.store.events(sandbox_id, after=after, limit=limit)
+        if not found and after == 0:
+            raise SandboxGone(f"the log has no sandbox {sandbox_id}; old ones are dropped.")
+        return found
+
+    def usage(self) -> dict[str, dict[str, Any]]:
+        """What each sandbox takes of the host now, by id."""
+        agents = {i: entry.box.link.agent_pid or 0 for i, entry in self._entries.items()}
+        used = usage(agents.values(), minded=self.backend.isolation != "none")
+        return {
+            sandbox_id: {
+                "state": self._state(self._entries[sandbox_id]),
+                **dataclasses.asdict(used[agent]),
+            }
+            for sandbox_id, agent in agents.items()
+        }
+
+    def _state(self, entry: _Entry) -> str:
+        if entry.box.link.is_lost:
+            return "lost"
+        return "busy" if entry.busy else "idle"
+
+    def workspace(self, sandbox_id: str, kind: str, path: str = "") -> Workspace:
+        """The files of a sandbox, for a transfer that the log names."""
+        entry = self._entry(sandbox_id)
+        self.backend.store.log(sandbox_id, kind, **({"path": path} if path else {}))
+        with self._use(entry):
+            return entry.box.workspace
 
     async def exec(
         self, sandbox_id: str, request: ExecRequest, on_output: OnOutput | None = None
@@ -133,14 +215,47 @@ class Registry:
         limit = entry.info.spec.limits.output_bytes
         if request.output_bytes is not None and request.output_bytes > limit:
             raise SandboxRefused(f"output_bytes: may not be over the sandbox's limit of {limit}.")
-        return await entry.box.exec(request, on_output)
+        facts = {"command": request.command, "cwd": request.cwd}
+        return await self._command(entry, "exec", facts, entry.box.exec(request, on_output))
+
+    async def _command(
+        self, entry: _Entry, kind: str, facts: dict[str, Any], work: Awaitable[R]
+    ) -> R:
+        """Waits for a command; the log has it before it runs, and how it ended."""
+        sandbox_id, note = entry.info.id, self.backend.store.log
+        note(sandbox_id, kind, **facts)
+        began = time.monotonic()
+        try:
+            with self._use(entry):
+                result = await work
+        except SandboxError as error:
+            note(sandbox_id, "fail", error=str(error))
+            raise
+        except asyncio.CancelledError:
+            note(sandbox_id, "cancel")
+            raise
+        seconds = time.monotonic() - began
+        self.metrics.commands.labels(kind).observe(seconds)
+        self.metrics.overheads.labels(kind).observe(max(0.0, seconds - result.duration_s))
+        note(
+            sandbox_id,
+            "exit",
+            exit_code=result.exit_code,
+            timed_out=result.timed_out,
+            seconds=round(result.duration_s, 6),
+            stdout_bytes=result.stdout_bytes,
+            stderr_bytes=result.stderr_bytes,
+        )
+        return result
 
     async def open_session(self, sandbox_id: str, name: str, request: SessionRequest) -> None:
         """Starts a session under a name of its own."""
         entry = self._entry(sandbox_id)
         check_session(name)
         _check_size(entry, "", {**entry.info.spec.env, **request.env})
-        await entry.box.open_session(name, request)
+        self.backend.store.log(sandbox_id, "open", session=name, cwd=request.cwd)
+        with self._use(entry):
+            await entry.box.open_session(name, request)
 
     async def run(
         self, sandbox_id: str, name: str, request: RunRequest, on_output: OnOutput | None = None
@@ -149,13 +264,16 @@ class Registry:
         entry = self._entry(sandbox_id)
         check_session(name)
         _check_size(entry, request.command, {})
-        return await entry.box.run(name, request, on_output)
+        facts = {"session": name, "command": request.command}
+        return await self._command(entry, "run", facts, entry.box.run(name, request, on_output))
 
     async def close_session(self, sandbox_id: str, name: str) -> None:
         """Ends a session; one that is not there is no error."""
         entry = self._entry(sandbox_id)
         check_session(name)
-        await entry.box.close_session(name)
+        self.backend.store.log(sandbox_id, "end", session=name)
+        with self._use(entry):
+            await entry.box.close_session(name)
 
     async def cancel(self, sandbox_id: str, operation: str) -> None:
         """Ends an operation that its caller has given up."""
@@ -167,15 +285,16 @@ class Registry:
             self._forbidden[sandbox_id] = None
             while len(self._forbidden) > _MAX_FORBIDDEN:
                 del self._forbidden[next(iter(self._forbidden))]
-        self._start_close(sandbox_id)
+        self._start_close(sandbox_id, "asked")
         if closing := self._closing.get(sandbox_id):
             await asyncio.shield(closing)
 
     async def close_all(self) -> None:
         """Removes every sandbox, whether or not removing another fails; none can follow."""
         self._shut = True
+        await self.pool.close()
         for sandbox_id in list(self._entries):
-            self._start_close(sandbox_id)
+            self._start_close(sandbox_id, "shutdown")
         await asyncio.gather(*self._closing.values(), return_exceptions=True)
 
     def _entry(self, sandbox_id: str) -> _Entry:
@@ -184,10 +303,42 @@ class Registry:
         except KeyError:
             raise SandboxGone(f"there is no sandbox {sandbox_id}; it may have expired.") from None
 
-    def _start_close(self, sandbox_id: str) -> None:
+    @contextlib.contextmanager
+    def _use(self, entry: _Entry) -> Iterator[None]:
+        """Keeps a sandbox from being idle."""
+        entry.busy += 1
+        try:
+            yield
+        finally:
+            entry.busy -= 1
+            self._rest(entry)
+
+    def _rest(self, entry: _Entry) -> None:
+        """Begins the time that a sandbox may be idle; one that is closed already has none."""
+        if entry.idle is not None:
+            entry.idle.cancel()
+        idle_s = entry.info.spec.idle_s
+        if idle_s is not None and self._entries.get(entry.info.id) is entry:
+            loop = asyncio.get_running_loop()
+            entry.idle = loop.call_later(idle_s, self._end_idle, entry)
+
+    def _end_idle(self, entry: _Entry) -> None:
+        if not entry.busy:
+            self._reaped("abandoned")
+            self._start_close(entry.info.id, "idle")
+
+    def _expire(self, sandbox_id: str) -> None:
+        self._reaped("expired")
+        self._start_close(sandbox_id, "expired")
+
+    def _reaped(self, reason: str) -> None:
+        self.metrics.reaps.labels(reason).inc()
+
+    def _start_close(self, sandbox_id: str, why: str) -> None:
         entry = self._entries.pop(sandbox_id, None)
         if entry is not None:
-            entry.expiry.cancel()
+            self.backend.store.log(sandbox_id, "close", why=why)
+            entry.stop()
             task = asyncio.get_running_loop().create_task(self._close(entry))
             self._closing[sandbox_id] = task
 

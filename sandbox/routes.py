@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
+from prometheus_client import CONTENT_TYPE_LATEST
 
 from sandbox import archive
 from sandbox.api import (
@@ -36,22 +37,27 @@ log = logging.getLogger("sandbox")
 
 _CHUNK = 1 << 18
 _MAX_JSON = 16_000_000
+_MAX_EVENTS = 1_000
 
 _REGISTRY = web.AppKey("registry", Registry)
 
 
-def create_app(backend: Backend, *, token: str | None = None) -> web.Application:
+def create_app(
+    backend: Backend, *, token: str | None = None, pool: int = 0, pool_idle_s: float = 600.0
+) -> web.Application:
     """The application over a backend; it starts the backend and removes every sandbox at its end.
 
     Args:
         backend: Not started yet.
         token: Bearer token that every request but `/health` must carry; None asks for none.
+        pool: Sandboxes that are kept ready, of the kinds asked for last.
+        pool_idle_s: Seconds that one is kept ready.
     """
     middlewares: list[Middleware] = [_answer_errors]
     if token is not None:
         middlewares.append(_require(token))
     app = web.Application(middlewares=middlewares, client_max_size=_MAX_JSON)
-    app[_REGISTRY] = Registry(backend)
+    app[_REGISTRY] = Registry(backend, pool=pool, pool_idle_s=pool_idle_s)
     app.cleanup_ctx.append(_backend_lifetime)
     # Before aiohttp waits for running requests: a closed sandbox answers its commands.
     app.on_shutdown.append(_close_all)
@@ -59,6 +65,8 @@ def create_app(backend: Backend, *, token: str | None = None) -> web.Application
     app.add_routes(
         [
             web.get("/health", _health),
+            web.get("/metrics", _metrics),
+            web.get("/usage", _usage),
             web.put(box, _create),
             web.get("/sandboxes", _list),
             web.get(box, _show),
@@ -68,6 +76,7 @@ def create_app(backend: Backend, *, token: str | None = None) -> web.Application
             web.put(f"{box}/sessions/{{name}}", _open_session),
             web.post(f"{box}/sessions/{{name}}", _run),
             web.delete(f"{box}/sessions/{{name}}", _close_session),
+            web.get(f"{box}/log", _log),
             web.get(f"{box}/files", _read),
             web.put(f"{box}/files", _write),
             web.get(f"{box}/archive", _download),
@@ -102,6 +111,7 @@ async def _answer_errors(request: web.Request, handler: Handler) -> web.StreamRe
             log.exception("%s %s", request.method, request.path)
             raise SandboxError(f"the sandbox host fails: {error}.") from error
     except SandboxError as error:
+        request.app[_REGISTRY].metrics.rejections.labels(error.kind).inc()
         return web.json_response({"error": str(error), "kind": error.kind}, status=error.status)
     except web.HTTPException as error:
         sentence = f"{request.method} {request.path}: {error.reason}."
@@ -123,8 +133,8 @@ def _require(token: str) -> Middleware:
     return check
 
 
-def _workspace(request: web.Request) -> Workspace:
-    return request.app[_REGISTRY].workspace(request.match_info["id"])
+def _workspace(request: web.Request, kind: str, path: str = "") -> Workspace:
+    return request.app[_REGISTRY].workspace(request.match_info["id"], kind, path)
 
 
 def _path(request: web.Request) -> str:
@@ -143,9 +153,29 @@ async def _health(request: web.Request) -> web.Response:
             "backend": backend.name,
             "isolation": backend.isolation,
             "sandboxes": len(registry.list()),
+            "waiting": len(registry.pool.waiting),
             **backend.health(),
         }
     )
+
+
+async def _metrics(request: web.Request) -> web.Response:
+    text = request.app[_REGISTRY].metrics.text()
+    return web.Response(body=text, headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+
+async def _usage(request: web.Request) -> web.Response:
+    return web.json_response({"usage": request.app[_REGISTRY].usage()})
+
+
+async def _log(request: web.Request) -> web.Response:
+    after = request.query.get("after", "0")
+    if not after.isdecimal():
+        raise SandboxRefused(f"after: {after!r} is not the number of an event.")
+    events = request.app[_REGISTRY].events(
+        request.match_info["id"], after=int(after), limit=_MAX_EVENTS
+    )
+    return web.json_response({"events": [to_json(event) for event in events]})
 
 
 async def _create(request: web.Request) -> web.Response:
@@ -240,19 +270,21 @@ async def _close_session(request: web.Request) -> web.Response:
 
 
 async def _read(request: web.Request) -> web.Response:
-    data = await asyncio.to_thread(_workspace(request).read, _path(request))
+    path = _path(request)
+    data = await asyncio.to_thread(_workspace(request, "read", path).read, path)
     return web.Response(body=data, content_type="application/octet-stream")
 
 
 async def _write(request: web.Request) -> web.Response:
-    workspace, path = _workspace(request), _path(request)
+    path = _path(request)
+    workspace = _workspace(request, "write", path)
     with await _body(request, workspace.max_bytes) as body:
         await asyncio.to_thread(workspace.write, path, body)
     return web.json_response({})
 
 
 async def _upload(request: web.Request) -> web.Response:
-    workspace = _workspace(request)
+    workspace = _workspace(request, "upload")
     with await _body(request, workspace.max_bytes) as body:
         await asyncio.to_thread(archive.unpack, workspace, body)
     return web.json_response({})
@@ -261,7 +293,7 @@ async def _upload(request: web.Request) -> web.Response:
 async def _download(request: web.Request) -> web.StreamResponse:
     # Packed whole before the first byte goes out, so that an error still has a status.
     with tempfile.TemporaryFile() as file:
-        await asyncio.to_thread(archive.pack, _workspace(request), file)
+        await asyncio.to_thread(archive.pack, _workspace(request, "download"), file)
         response = web.StreamResponse(headers={"Content-Type": "application/x-tar"})
         response.content_length = file.tell()
         await response.prepare(request)

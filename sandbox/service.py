@@ -22,7 +22,13 @@ _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 @contextlib.asynccontextmanager
 async def running(
-    backend: Backend, *, host: str = "127.0.0.1", port: int = 0, token: str | None = None
+    backend: Backend,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    token: str | None = None,
+    pool: int = 0,
+    pool_idle_s: float = 600.0,
 ) -> AsyncIterator[str]:
     """Serves while the context is open; yields the base URL.
 
@@ -34,7 +40,7 @@ async def running(
         raise SandboxRefused(f"host {host} can be reached by others: set a token to serve there.")
     # A caller that goes away takes its command with it.
     runner = web.AppRunner(
-        create_app(backend, token=token),
+        create_app(backend, token=token, pool=pool, pool_idle_s=pool_idle_s),
         handler_cancellation=True,
         access_log=None,
         shutdown_timeout=5,
@@ -65,6 +71,8 @@ def serve(
     port: int = 8700,
     token: str | None = None,
     state_dir: Path | None = None,
+    pool: int = 0,
+    pool_idle_s: float = 600.0,
     announce: Callable[[str], None] = print,
 ) -> None:
     """Serves until SIGINT or SIGTERM, then removes every sandbox.
@@ -80,6 +88,8 @@ def serve(
         port: Port to bind; 0 takes a free one.
         token: Bearer token to ask for.
         state_dir: Where workspaces live; None is a directory in the temporary one.
+        pool: Sandboxes that are kept ready, of the kinds asked for last.
+        pool_idle_s: Seconds that one is kept ready.
         announce: Called once with a sentence that holds the URL.
 
     Raises:
@@ -97,7 +107,9 @@ def serve(
             state_dir=state_dir,
             durable=True,
         )
-        async with running(chosen, host=host, port=port, token=token) as url:
+        async with running(
+            chosen, host=host, port=port, token=token, pool=pool, pool_idle_s=pool_idle_s
+        ) as url:
             announce(f"sandbox service ({backend}, isolation {chosen.isolation}) at {url}")
             await stop.wait()
 
@@ -111,6 +123,7 @@ def embedded(
     isolation: Literal["auto", "bubblewrap", "none"] = "auto",
     token: str | None = None,
     state_dir: Path | None = None,
+    pool: int = 0,
 ) -> Iterator[str]:
     """Serves from a background thread of this process on a free loopback port.
 
@@ -119,6 +132,7 @@ def embedded(
         isolation: Of the local backend.
         token: Bearer token to ask for.
         state_dir: Where workspaces live; None is a directory in the temporary one.
+        pool: Sandboxes that are kept ready, of the kinds asked for last.
 
     Yields:
         The base URL. Leaving the context removes every sandbox.
@@ -131,7 +145,7 @@ def embedded(
     thread.start()
     if isinstance(backend, str):
         backend = open_backend(backend, isolation=isolation, state_dir=state_dir)
-    context = running(backend, token=token)
+    context = running(backend, token=token, pool=pool)
     try:
         url = asyncio.run_coroutine_threadsafe(context.__aenter__(), loop).result()
         try:

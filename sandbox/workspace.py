@@ -8,6 +8,7 @@ symbolic links.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
 import shutil
@@ -68,6 +69,13 @@ class Workspace:
                 os.close(fd)
                 fd = below
             yield fd, names[-1]
+        except OSError as error:
+            # On a disk of its own it is the sandbox that has filled it, not the host that fails.
+            if error.errno == errno.ENOSPC and os.path.ismount(self.root.parent):
+                raise SandboxTooLarge(
+                    f"path {path!r} has no room: the sandbox's disk is full."
+                ) from None
+            raise
         finally:
             os.close(fd)
 
@@ -161,6 +169,8 @@ def _refusals(path: str) -> Iterator[None]:
     except FileNotFoundError:
         raise SandboxFileMissing(f"path {path!r} does not exist in the workspace.") from None
     except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise
         raise SandboxRefused(
             f"path {path!r} is not a regular file reached through plain directories "
             f"({error.strerror}); symbolic links are not followed."

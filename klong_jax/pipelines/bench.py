@@ -1,4 +1,4 @@
-"""`klong bench`: kernels beside their peers and beside bare matmuls; training steps."""
+"""`klong bench`: kernels beside their peers and bare matmuls; training steps; sandboxes."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -11,6 +11,7 @@ from jax.errors import JaxRuntimeError
 
 from klong_jax.kernels.backend import use_kernels
 from klong_jax.kernels.cases import CASES, Case, Work
+from klong_jax.pipelines.bench_sandbox import run as sandboxes
 from klong_jax.pipelines.bench_sft import run as training
 from klong_jax.pipelines.config.commands import BenchConfig
 
@@ -44,6 +45,9 @@ def run(settings: BenchConfig) -> None:
     """Prints each case as it is measured."""
     if settings.what == "sft":
         training.run(settings.table, settings.repeats)
+        return
+    if settings.what == "sandbox":
+        sandboxes.run(settings.repeats)
         return
     print(f"{settings.what} on {jax.devices()[0].device_kind}: TFLOP/s of useful operations (time)")
     print("limit: bare matrix multiplications; MiB: what ours needs beside arguments and results")

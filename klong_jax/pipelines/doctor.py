@@ -3,42 +3,22 @@
 import os
 import platform
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import docker
 import redis
-from docker.errors import DockerException, ImageNotFound
-from requests.exceptions import RequestException
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from klong_jax.pipelines.config.commands import DoctorConfig
+from sandbox.doctor import Finding
+from sandbox.doctor import findings as sandboxes
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "hydra-core")
 _GIB = 2**30
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing looked for.
-
-    Attributes:
-        name: What was looked for.
-        found: What is there, such as a version; empty if it is missing.
-        allows: What it allows, or what its absence costs and how to get it.
-        required: Whether nothing works without it.
-    """
-
-    name: str
-    found: str
-    allows: str
-    required: bool = False
 
 
 def run(settings: DoctorConfig) -> None:
@@ -72,8 +52,7 @@ def findings(settings: DoctorConfig) -> Iterator[Finding]:
     yield _cores()
     yield _memory()
     yield _disk(settings.root)
-    yield _bubblewrap()
-    yield from _docker(settings.image)
+    yield from sandboxes(settings.image)
     yield _redis(settings.redis)
 
 
@@ -127,43 +106,6 @@ def _disk(root: Path) -> Finding:
         return Finding("disk", "", f"{root}: {error.strerror}; give an existing folder as root.")
     said = "Enough for the recipe." if free >= 2 else "Free some: the recipe may need 2 GiB."
     return Finding("disk", f"{free:.1f} GiB free", said)
-
-
-def _bubblewrap() -> Finding:
-    without = "the local backend runs commands without isolation."
-    try:
-        probe = subprocess.run(
-            ["bwrap", "--unshare-all", "--ro-bind", "/", "/", "true"],
-            capture_output=True,
-            text=True,
-            timeout=30,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return Finding("bubblewrap", "", f"apt-get install bubblewrap; until then {without}")
-    if probe.returncode:
-        said = probe.stderr.strip().splitlines()[-1:] or ["it fails"]
-        return Finding("bubblewrap", "", f"Installed but refused here ({said[0]}): {without}")
-    return Finding("bubblewrap", "works", "The local backend isolates sandboxes without Docker.")
-
-
-def _docker(image: str) -> Iterator[Finding]:
-    without = "backend=docker cannot be used; backend=local can."
-    try:
-        client = docker.from_env(timeout=10)
-        server = client.version()["Version"]
-    except (DockerException, RequestException):
-        yield Finding("docker daemon", "", f"None answers: {without}")
-        return
-    try:
-        yield Finding("docker daemon", server, "backend=docker runs sandboxes as containers.")
-        client.images.get(image)
-        yield Finding("sandbox image", image, "The docker backend's default image is ready.")
-    except ImageNotFound:
-        yield Finding("sandbox image", "", f"Build {image} with launch/sandbox_image.sh.")
-    except (DockerException, RequestException) as error:
-        yield Finding("sandbox image", "", f"The daemon does not say: {error}")
-    finally:
-        client.close()
 
 
 def _redis(url: str) -> Finding:

@@ -1,4 +1,4 @@
-"""`python3 -ISB AGENT_DIR SOCKET_DIR LIFETIME ORPHAN`: serves until the sandbox is over.
+"""`python3 -ISB __main__.py SOCKET_DIR LIFETIME ORPHAN`: serves until the sandbox is over.
 
 LIFETIME is the seconds until the agent ends by itself, whether or not a service is there to tell
 it; ORPHAN the seconds that it outlives the loss of the service.
@@ -7,6 +7,9 @@ it; ORPHAN the seconds that it outlives the loss of the service.
 from __future__ import annotations
 
 import sys
+
+# Python would find the package by itself if it were given the directory, and take longer.
+sys.path.insert(0, __file__.rpartition("/")[0])
 
 from sandbox.agent.server import Server
 

@@ -65,6 +65,10 @@ class Connection:
         self._patience_s = self._orphan_s
         self.send(encode({"hello": VERSION, "pid": os.getpid()}))
 
+    def outlive(self, seconds: float) -> None:
+        """Sets the seconds without a service after which `on_orphaned` is called."""
+        self._orphan_s = self._patience_s = seconds
+
     def send(self, frame: bytes) -> None:
         """Sends a frame, or drops it when there is no service: it will ask again."""
         if self._socket is not None:

@@ -7,7 +7,6 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from typing import NamedTuple
 
 from sandbox.agent import processes, supervisor
 from sandbox.agent.loop import Loop, Timer, read_some
@@ -65,15 +64,19 @@ class Capture:
         os.close(self.write_end)
 
 
-class Outcome(NamedTuple):
+class Outcome:
     """How a job ended; `status` is None when it was killed on request."""
 
-    status: int | None
-    complaint: str
+    def __init__(self, status: int | None, complaint: str) -> None:
+        """Wraps what its supervisor says."""
+        self.status, self.complaint = status, complaint
 
 
 # Supervisors that are kept for the next commands.
 _MAX_IDLE = 2
+
+# The kernel, out of memory, takes a supervisor or what is below it before the agent.
+_FIRST_TO_GO, _LAST_TO_GO = b"500", b"0"
 
 
 class Pool:
@@ -83,6 +86,8 @@ class Pool:
         """Makes an empty pool."""
         self.loop = loop
         self.alive: set[int] = set()
+        # Open before the agent's /proc is closed to itself, too.
+        self._oom_score = os.open("/proc/self/oom_score_adj", os.O_WRONLY | os.O_CLOEXEC)
         self._idle: list[supervisor.Supervisor] = []
 
     def acquire(self) -> supervisor.Supervisor:
@@ -100,7 +105,12 @@ class Pool:
                 self.release(self._start())
 
     def _start(self) -> supervisor.Supervisor:
-        started = supervisor.start()
+        # Inherited: set after its start it would come too late for what a command starts at once.
+        os.write(self._oom_score, _FIRST_TO_GO)
+        try:
+            started = supervisor.start()
+        finally:
+            os.write(self._oom_score, _LAST_TO_GO)
         self.alive.add(started.pid)
         return started
 

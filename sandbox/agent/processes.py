@@ -7,7 +7,6 @@ import os
 import signal
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from typing import NamedTuple
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _SET_DUMPABLE, _SET_CHILD_SUBREAPER, _SET_NO_NEW_PRIVS = 4, 36, 38
@@ -16,11 +15,12 @@ _SET_DUMPABLE, _SET_CHILD_SUBREAPER, _SET_NO_NEW_PRIVS = 4, 36, 38
 _ROUNDS = 50
 
 
-class Process(NamedTuple):
+class Process:
     """A live process: its parent and the clock tick since boot at which it started."""
 
-    parent: int
-    started: int
+    def __init__(self, parent: int, started: int) -> None:
+        """Wraps what the kernel says."""
+        self.parent, self.started = parent, started
 
 
 def harden() -> None:

@@ -8,7 +8,6 @@ import signal
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from typing import NoReturn
 
 from sandbox.agent import processes
 from sandbox.agent.connection import Connection
@@ -17,6 +16,11 @@ from sandbox.agent.loop import Loop
 from sandbox.agent.results import Results
 from sandbox.agent.sessions import Session
 from sandbox.protocol import Header, encode
+
+# As in `typing`, whose import a sandbox would wait for.
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import NoReturn
 
 _MAX_SESSIONS = 64
 
@@ -49,6 +53,7 @@ class Server:
             "open": self._open,
             "run": self._run,
             "close": self._close,
+            "live": self._live,
         }
 
     def run(self) -> NoReturn:
@@ -56,7 +61,7 @@ class Server:
         processes.harden()
         processes.become_subreaper()
         self._watch_children()
-        self._loop.later(self._lifetime_s, self._finish)
+        self._expiry = self._loop.later(self._lifetime_s, self._finish)
         self._connection = Connection(
             self._loop,
             self._directory,
@@ -187,6 +192,14 @@ class Server:
             parts += kept
         self._answer(operation, result, b"".join(parts))
 
+    def _live(self, operation: str, header: Header, _payload: bytes) -> None:
+        """A sandbox that waited has a caller: its lifetime begins."""
+        self._expiry.cancel()
+        self._expiry = self._loop.later(header["lifetime"], self._finish)
+        if self._orphan_s > 0:
+            self._connection.outlive(header["lifetime"])
+        self._answer(operation, {})
+
     def _open(self, operation: str, header: Header, _payload: bytes) -> None:
         name = header["session"]
         if name in self._sessions:
@@ -202,13 +215,17 @@ class Server:
                 message = f"session {name!r}: its shell did not start (status {status})."
                 self._answer(operation, {"error": "refused", "message": message})
 
-        session = Session(
-            self._pool,
-            {**os.environ, **header["env"]},
-            header["cwd"],
-            header["prelude"],
-            keep=header["keep"],
-        )
+        try:
+            session = Session(
+                self._pool,
+                {**os.environ, **header["env"]},
+                header["cwd"],
+                header["prelude"],
+                keep=header["keep"],
+            )
+        except OSError as error:
+            message = f"session {name!r}: its shell cannot be started: {error.strerror}."
+            raise Refusal("refused", message) from None
         self._sessions[name] = session
         self._running[operation] = session.close
         session.run(":", None, on_status)

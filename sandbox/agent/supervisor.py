@@ -27,9 +27,6 @@ _IGNORED = tuple(
 )
 _SIGNALS = tuple(signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP})
 
-# The kernel, out of memory, takes a command before the agent.
-_OOM_SCORE = b"500"
-
 
 class Supervisor:
     """The agent's end of a supervisor."""
@@ -92,7 +89,8 @@ def _serve(sock: socket.socket) -> None:
         with suppress(OSError):
             signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    os.dup2(sock.fileno(), _SOCKET, inheritable=False)
+    if sock.fileno() != _SOCKET:  # The kernel refuses to put a descriptor where it is.
+        os.dup2(sock.fileno(), _SOCKET, inheritable=False)
     os.closerange(3, _SOCKET)
     os.closerange(_SOCKET + 1, 4096)
     null = os.open("/dev/null", os.O_RDWR)
@@ -133,8 +131,6 @@ def _run(message: bytes, fds: list[int]) -> tuple[int, str]:
         os.chdir("/")
         for fd in fds:
             os.close(fd)
-    with suppress(OSError), open(f"/proc/{main}/oom_score_adj", "wb", buffering=0) as file:
-        file.write(_OOM_SCORE)
     while True:
         pid, status = os.waitpid(-1, 0)
         if pid == main:

@@ -17,6 +17,7 @@ from sandbox.api import (
     ExecRequest,
     ExecResult,
     Isolation,
+    Limits,
     RunRequest,
     SandboxInfo,
     SandboxSpec,
@@ -26,6 +27,7 @@ from sandbox.api import (
 from sandbox.errors import SandboxError, SandboxGone, SandboxLost
 from sandbox.link import GRACE_S, Answer, Link, OnOutput
 from sandbox.output import text_of
+from sandbox.store import Store
 from sandbox.workspace import Workspace, split_path
 
 # Where the agent's code and the service's socket are inside.
@@ -103,6 +105,12 @@ class Box:
         """Ends a session with everything in it; one that is not there is no error."""
         await self.link.call({"op": "close", "session": name}, timeout_s=GRACE_S)
 
+    async def assign(self, info: SandboxInfo) -> None:
+        """Gives a sandbox that was made for nobody to a caller, and it its lifetime."""
+        lifetime_s = info.spec.lifetime_s + _LATE_S
+        await self.link.call({"op": "live", "lifetime": lifetime_s}, timeout_s=GRACE_S)
+        self.info = info
+
     async def close(self) -> None:
         """Kills what runs and removes everything; called once.
 
@@ -144,6 +152,10 @@ class Backend(Protocol):
     @property
     def isolation(self) -> Isolation:
         """What separates a sandbox from the host."""
+
+    @property
+    def store(self) -> Store:
+        """What it remembers between services; open from `start` to `close`."""
 
     async def start(self) -> list[Box]:
         """Checks that it can work here, and reaps or adopts what dead services left.
@@ -194,7 +206,7 @@ def agent_arguments(
     """The command line of the agent.
 
     Args:
-        python: The interpreter and the directory with the agent's code.
+        python: The interpreter and its program, the agent.
         line: Directory of the service's socket, as the agent sees it.
         info: The sandbox.
         durable: Whether it outlives its service.
@@ -210,7 +222,12 @@ def open_link(directory: Path, spec: SandboxSpec, owner: int | None) -> Link:
 
 def open_workspace(directory: Path, spec: SandboxSpec, owner: int | None) -> Workspace:
     """The workspace of the sandbox with this directory."""
-    return Workspace(directory / "workspace", owner=owner, max_bytes=spec.limits.files_mb * MB)
+    return Workspace(directory / "data/workspace", owner=owner, max_bytes=spec.limits.files_mb * MB)
+
+
+def shm_bytes(limits: Limits) -> int:
+    """The size of a sandbox's /dev/shm: full, it leaves its agent memory to live in."""
+    return limits.memory_mb * MB // 2
 
 
 async def await_agent(

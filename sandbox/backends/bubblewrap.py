@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from sandbox.backends import seccomp
 from sandbox.backends.base import AGENT_DIR, LINE_DIR
 
 # A user without rights, by the same number whatever user the host runs the sandbox as.
 _UID = 1000
 _FILES = {
-    "passwd": f"root:x:0:0::/:/bin/sh\nagent:x:{_UID}:{_UID}::/home/agent:/bin/sh\n",
-    "group": f"root:x:0:\nagent:x:{_UID}:\n",
     "hosts": "127.0.0.1 localhost sandbox\n::1 localhost\n",
     "resolv.conf": "",
 }
@@ -32,10 +32,22 @@ ENV = {
 }
 
 
-def install(etc: Path) -> None:
-    """Makes the `/etc` that every sandbox of a service sees: one bind is faster than ten."""
+def users(uid: int) -> dict[str, str]:
+    """The files of /etc that name the user of a sandbox."""
+    return {
+        "passwd": f"root:x:0:0::/:/bin/sh\nagent:x:{uid}:{uid}::{ENV['HOME']}:/bin/sh\n",
+        "group": f"root:x:0:\nagent:x:{uid}:\n",
+    }
+
+
+def install(etc: Path, filter_path: Path) -> None:
+    """Writes the system-call filter and the `/etc` that every sandbox of a service sees.
+
+    One bind of a made directory is faster than ten.
+    """
+    filter_path.write_bytes(seccomp.bpf(platform.machine()))
     (etc / "ssl").mkdir(parents=True)
-    for name, text in _FILES.items():
+    for name, text in {**users(_UID), **_FILES}.items():
         (etc / name).write_text(text)
     for name in _COPIED:
         if os.path.isfile(f"/etc/{name}"):
@@ -62,7 +74,14 @@ def python() -> tuple[str, list[str]]:
 
 
 def arguments(
-    etc: Path, agent: Path, box: Path, *, network: bool, die_with_parent: bool
+    etc: Path,
+    agent: Path,
+    box: Path,
+    *,
+    filter_fd: int,
+    shm_bytes: int,
+    network: bool,
+    die_with_parent: bool,
 ) -> list[str]:
     """The `bwrap` call up to the agent: its own namespaces, user, root, /tmp and home.
 
@@ -72,11 +91,14 @@ def arguments(
     Args:
         etc: Directory that `install` made.
         agent: Directory with the agent's code.
-        box: Directory with the sandbox's `workspace`, `tmp`, `home` and `line`.
+        box: The sandbox's directory.
+        filter_fd: Descriptor, inherited by `bwrap`, of the file with the system-call filter.
+        shm_bytes: Size of the shared memory.
         network: Whether to share the host's network.
         die_with_parent: Whether the kernel ends the sandbox when this process is killed.
     """
     call = ["bwrap", "--unshare-all", "--unshare-user", "--disable-userns", "--as-pid-1"]
+    call += ["--seccomp", str(filter_fd)]
     if die_with_parent:
         call.append("--die-with-parent")
     call += ["--uid", str(_UID), "--gid", str(_UID), "--hostname", "sandbox"]
@@ -91,8 +113,11 @@ def arguments(
     if network:
         call += ["--share-net", "--ro-bind-try", "/etc/resolv.conf", "/etc/resolv.conf"]
     call += ["--proc", "/proc", "--ro-bind", "/proc/sys", "/proc/sys", "--dev", "/dev"]
+    # Shared memory counts as the sandbox's where a control group counts; elsewhere nothing does.
+    call += ["--size", str(shm_bytes), "--perms", "1777", "--tmpfs", "/dev/shm"]
+    call += ["--remount-ro", "/dev"]
     for name, place in (("tmp", "/tmp"), ("home", ENV["HOME"]), ("workspace", "/workspace")):
-        call += ["--bind", str(box / name), place]
+        call += ["--bind", str(box / "data" / name), place]
     call += ["--ro-bind", str(agent), AGENT_DIR, "--ro-bind", str(box / "line"), LINE_DIR]
     call += python()[1]
     call += ["--remount-ro", "/", "--chdir", "/workspace", "--clearenv"]
@@ -109,6 +134,8 @@ def problem(drop: Sequence[str]) -> str | None:
     """
     if shutil.which("bwrap") is None:
         return "the program bwrap is not installed (Debian: apt install bubblewrap)"
+    if (lack := seccomp.problem()) is not None:
+        return lack
     probe = ["bwrap", "--unshare-all", "--unshare-user", "--disable-userns"]
     probe += ["--ro-bind", "/", "/", "--proc", "/proc", "true"]
     done = subprocess.run([*drop, *probe], capture_output=True, text=True, check=False)

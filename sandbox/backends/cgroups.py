@@ -44,6 +44,8 @@ class Cgroups:
             }
             if self.version == 2
             else {
+                # Where swap is not counted, it is not used.
+                "memory.swappiness": "0",
                 "memory.limit_in_bytes": memory,
                 "memory.memsw.limit_in_bytes": memory,
                 "pids.max": str(limits.pids),

@@ -25,6 +25,7 @@ from docker.types import LogConfig, Mount, Ulimit
 
 from sandbox import owner
 from sandbox.api import MB, Isolation, SandboxInfo
+from sandbox.backends import disk, seccomp
 from sandbox.backends.base import (
     AGENT_DIR,
     LINE_DIR,
@@ -34,10 +35,12 @@ from sandbox.backends.base import (
     install_agent,
     open_link,
     open_workspace,
+    shm_bytes,
 )
-from sandbox.backends.bubblewrap import ENV
+from sandbox.backends.bubblewrap import ENV, users
 from sandbox.backends.inheritance import inherit
 from sandbox.errors import SandboxError, SandboxGone, SandboxRefused, SandboxUnavailable
+from sandbox.store import Store
 from sandbox.workspace import remove_tree
 
 log = logging.getLogger("sandbox")
@@ -73,7 +76,6 @@ class DockerBackend:
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="docker")
         self._durable = durable
         self._taken_over: list[Path] = []
-        self.uid = 1000 if os.geteuid() == 0 else os.geteuid()
 
     async def start(self) -> list[Box]:
         """Connects to the daemon and reaps or adopts what dead services left."""
@@ -83,30 +85,35 @@ class DockerBackend:
         except DockerException as error:
             raise SandboxUnavailable(f"no Docker daemon answers: {error}.") from None
         self._version: str = version["Version"]
+        self.own = owner.claim(self._state_dir, durable=self._durable)
+        self.store = Store(self._state_dir / "store.db")
         inherited = await inherit(
             self._state_dir,
+            self.store,
             durable=self._durable,
             adopt=lambda directory, record: self._attach(record, directory, _ADOPT_S),
             reap=self._discard,
         )
         self._taken_over = inherited.directories
         await self._call(self._reap_containers)
-        self.own = owner.claim(self._state_dir, durable=self._durable)
         self.agent = self.own / "agent"
         await asyncio.to_thread(install_agent, self.agent)
         return inherited.boxes
 
     async def create(self, info: SandboxInfo) -> Box:
         """Starts a container."""
-        directory = owner.make_box_directory(self.own, info.id, self.uid)
-        record = owner.Record(info)
-        record.write(directory)
+        uid = owner.draw_uid()
+        directory = owner.make_box_directory(self.own, info.id)
+        record = owner.Record(info, uid=uid)
+        self.store.write(directory.name, record)
         try:
-            await self._call(self._make_container, info, directory)
+            await disk.mount(directory, info.spec.limits)
+            owner.make_places(directory, uid)
+            await self._call(self._make_container, info, directory, uid or os.geteuid())
             pid = await self._call(self._start_container, info.id)
             started = owner.start_time(pid) or ""
             record = dataclasses.replace(record, pid=pid, started=started)
-            record.write(directory)
+            self.store.write(directory.name, record)
             return await self._attach(record, directory, _START_S)
         except BaseException:
             await asyncio.shield(self._discard(directory, record))
@@ -116,12 +123,13 @@ class DockerBackend:
         """Removes the service's directories and closes the connections."""
         for own in (self.own, *self._taken_over):
             await asyncio.to_thread(remove_tree, own)
+        self.store.close()
         self.client.close()
         self._threads.shutdown(wait=False)
 
     def health(self) -> dict[str, Any]:
         """How limits are held."""
-        return {"limits": "cgroup of the container", "docker": self._version}
+        return {"limits": "cgroup of the container", "disk": disk.held(), "docker": self._version}
 
     async def _call(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Runs a blocking call of the SDK in a thread, with its errors as this package's."""
@@ -142,36 +150,47 @@ class DockerBackend:
         except requests.ConnectionError as error:
             raise SandboxUnavailable("the Docker daemon does not answer any more.") from error
 
-    def _make_container(self, info: SandboxInfo, directory: Path) -> None:
+    def _make_container(self, info: SandboxInfo, directory: Path, uid: int) -> None:
         limits = info.spec.limits
         memory, size = limits.memory_mb * MB, limits.files_mb * MB
         api = self.client.api
         mounts = [
-            Mount("/workspace", str(directory / "workspace"), type="bind"),
-            Mount(ENV["HOME"], str(directory / "home"), type="bind"),
+            Mount("/workspace", str(directory / "data/workspace"), type="bind"),
+            Mount(ENV["HOME"], str(directory / "data/home"), type="bind"),
+            Mount("/tmp", str(directory / "data/tmp"), type="bind"),
             Mount(AGENT_DIR, str(self.agent), type="bind", read_only=True),
             Mount(LINE_DIR, str(directory / "line"), type="bind", read_only=True),
         ]
+        for name, text in users(uid).items():
+            (directory / name).write_text(text)
+            (directory / name).chmod(0o644)
+            mounts.append(Mount(f"/etc/{name}", str(directory / name), type="bind", read_only=True))
         host = api.create_host_config(
             mounts=mounts,
             network_mode="bridge" if info.spec.network else "none",
             cap_drop=["ALL"],
-            security_opt=["no-new-privileges"],
+            security_opt=["no-new-privileges", f"seccomp={seccomp.docker_profile()}"],
             mem_limit=memory,
             memswap_limit=memory,
             nano_cpus=int(limits.cpus * 1e9),
             pids_limit=limits.pids,
-            ulimits=[Ulimit(name="fsize", soft=size, hard=size), Ulimit(name="core", hard=0)],
+            read_only=True,
+            shm_size=shm_bytes(limits),
+            ulimits=[
+                Ulimit(name="fsize", soft=size, hard=size),
+                Ulimit(name="nofile", soft=limits.open_files, hard=limits.open_files),
+                Ulimit(name="core", soft=0, hard=0),
+            ],
             # Only an agent that cannot start writes there.
             log_config=LogConfig(type="json-file", config={"max-size": "64k", "max-file": "1"}),
         )
-        python = ["python3", "-ISB", AGENT_DIR]
+        python = ["python3", "-ISB", f"{AGENT_DIR}/__main__.py"]
         api.create_container(
             info.spec.image or DEFAULT_IMAGE,
             name=_name(info.id),
             entrypoint=python[:1],
             command=agent_arguments(python, LINE_DIR, info, durable=self._durable)[1:],
-            user=f"{self.uid}:{self.uid}",
+            user=f"{uid}:{uid}",
             working_dir="/workspace",
             # The image knows its own PATH.
             environment={name: value for name, value in ENV.items() if name != "PATH"},
@@ -199,10 +218,10 @@ class DockerBackend:
     async def _attach(self, record: owner.Record, directory: Path, patience_s: float) -> Box:
         """A sandbox whose container runs, once its agent has dialled."""
         if record.pid == 0:
-            said = await self._call(self.client.api.logs, _name(record.info.id), tail=1)
+            said = await self._call(self.client.api.logs, _name(directory.name), tail=1)
             raise SandboxRefused(f"{_NO_PYTHON} It said: {said.decode(errors='replace').strip()}")
         spec = record.info.spec
-        link = open_link(directory, spec, self._files_owner)
+        link = open_link(directory, spec, record.uid)
         await await_agent(
             link, record.pid, lambda pid: pid == record.pid, patience_s=patience_s, said=str
         )
@@ -210,18 +229,16 @@ class DockerBackend:
         async def close() -> None:
             await self._discard(directory, record)
 
-        workspace = open_workspace(directory, spec, self._files_owner)
+        workspace = open_workspace(directory, spec, record.uid)
         return Box(record.info, workspace, link, close=close)
-
-    @property
-    def _files_owner(self) -> int | None:
-        return self.uid if os.geteuid() == 0 else None
 
     async def _discard(self, directory: Path, _record: owner.Record | None) -> None:
         with suppress(SandboxGone):
             await self._call(
                 self.client.api.remove_container, _name(directory.name), force=True, v=True
             )
+        await disk.unmount(directory)
+        self.store.forget(directory.name)
         await asyncio.to_thread(remove_tree, directory)
 
     def _reap_containers(self) -> None:

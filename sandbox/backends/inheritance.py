@@ -11,6 +11,7 @@ from pathlib import Path
 from sandbox import owner
 from sandbox.backends.base import Box
 from sandbox.errors import SandboxError
+from sandbox.store import Store
 from sandbox.workspace import remove_tree
 
 log = logging.getLogger("sandbox")
@@ -31,6 +32,7 @@ class Inheritance:
 
 async def inherit(
     state_dir: Path,
+    store: Store,
     *,
     durable: bool,
     adopt: Callable[[Path, owner.Record], Awaitable[Box]],
@@ -39,10 +41,11 @@ async def inherit(
     """Visits every dead service of a state directory.
 
     The living sandboxes of dead durable services wait for the next durable one; other services
-    leave them alone, and reap what has died meanwhile.
+    leave them alone, and reap what has died meanwhile. What waited for a caller is reaped, too.
 
     Args:
         state_dir: Where services have their directories.
+        store: Where their records are.
         durable: Whether the service that asks is.
         adopt: Attaches to a living sandbox; a `SandboxError` says that it cannot be had.
         reap: Ends a sandbox and removes its directory.
@@ -56,8 +59,9 @@ async def inherit(
             continue  # Another service that starts was faster.
         living = 0
         for directory in owner.box_directories(own):
-            record = owner.Record.read(directory)
-            if not (kept and record is not None and record.is_alive):
+            record = store.read(directory.name)
+            unclaimed = store.is_waiting(directory.name)
+            if not (kept and record is not None and record.is_alive) or unclaimed:
                 log.info("reaping sandbox %s of a dead service", directory.name)
                 await reap(directory, record)
                 continue

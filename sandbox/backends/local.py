@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import logging
 import os
-import random
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from sandbox import owner
 from sandbox.api import MB, Isolation, Limits, SandboxInfo
-from sandbox.backends import bubblewrap, cgroups
+from sandbox.backends import bubblewrap, cgroups, disk
 from sandbox.backends.base import (
     AGENT_DIR,
     LINE_DIR,
@@ -24,16 +24,15 @@ from sandbox.backends.base import (
     install_agent,
     open_link,
     open_workspace,
+    shm_bytes,
 )
 from sandbox.backends.inheritance import inherit
 from sandbox.backends.processes import Members, kill_all
 from sandbox.errors import SandboxRefused, SandboxUnavailable
+from sandbox.store import Store
 from sandbox.workspace import remove_tree
 
 log = logging.getLogger("sandbox")
-
-# Users for sandboxes under root are drawn from here, far above those of people and packages.
-_FIRST_UID, _LAST_UID = 1 << 30, (1 << 31) - 2
 
 # The variable that marks the processes of a sandbox.
 _MARKER = "KLONG_SANDBOX"
@@ -41,10 +40,12 @@ _MARKER = "KLONG_SANDBOX"
 # Seconds for an agent to come up, and to dial a service that adopts it.
 _START_S, _ADOPT_S = 30.0, 5.0
 
-# Joins control groups, sets limits, then becomes the agent; $1 counts the groups.
+# Joins control groups, sets limits, then becomes the agent; $1 counts the groups. Nothing inside
+# may go back to a score under which the kernel, out of memory, spares the service.
 _SETUP = """n=$1; shift
 while [ "$n" -gt 0 ]; do echo 0 >"$1" || exit 125; shift; n=$((n-1)); done
-ulimit -c 0; ulimit -f "$1"; shift; exec "$@"
+echo 0 2>/dev/null >/proc/self/oom_score_adj
+ulimit -c 0; ulimit -f "$1"; ulimit -n "$2"; shift 2; exec "$@"
 """
 
 # Before every command where no control group holds the limit; dash says -p for what bash says -u.
@@ -81,7 +82,7 @@ class LocalBackend:
     async def start(self) -> list[Box]:
         """Chooses isolation and limits, and reaps or adopts what dead services left."""
         if self.isolation == "bubblewrap":
-            problem = bubblewrap.problem(_drop(_FIRST_UID if self._root else None))
+            problem = bubblewrap_problem()
             if problem and not self._may_fall_back:
                 raise SandboxUnavailable(
                     f"bubblewrap isolation cannot be had: {problem}; only isolation none, "
@@ -92,16 +93,19 @@ class LocalBackend:
         if self.isolation == "none":
             log.warning("sandboxes are not isolated (isolation: none): run only trusted commands")
         self.cgroups = cgroups.detect()
+        self.own = owner.claim(self._state_dir, durable=self._durable)
+        self.store = Store(self._state_dir / "store.db")
         inherited = await inherit(
             self._state_dir,
+            self.store,
             durable=self._durable,
             adopt=lambda directory, record: self._attach(record, directory, _ADOPT_S),
             reap=self._discard,
         )
         self._taken_over = inherited.directories
-        self.own = owner.claim(self._state_dir, durable=self._durable)
-        self.etc, self.agent = self.own / "etc", self.own / "agent"
-        await asyncio.to_thread(bubblewrap.install, self.etc)
+        self.etc, self.agent, self.filter = (self.own / name for name in ("etc", "agent", "filter"))
+        if self.isolation == "bubblewrap":
+            await asyncio.to_thread(bubblewrap.install, self.etc, self.filter)
         await asyncio.to_thread(install_agent, self.agent)
         return inherited.boxes
 
@@ -111,16 +115,18 @@ class LocalBackend:
             raise SandboxRefused(
                 "image: the local backend has no images; leave it out or use --backend docker."
             )
-        uid = random.SystemRandom().randint(_FIRST_UID, _LAST_UID) if self._root else None
-        directory = owner.make_box_directory(self.own, info.id, uid)
+        uid = owner.draw_uid()
+        directory = owner.make_box_directory(self.own, info.id)
         record = owner.Record(info, uid=uid)
-        record.write(directory)
+        self.store.write(directory.name, record)
         try:
+            await disk.mount(directory, info.spec.limits)
+            owner.make_places(directory, uid)
             groups = self.cgroups.create(info.id, info.spec.limits) if self.cgroups else []
             process = self._launch(record, directory, groups)
             started = owner.start_time(process.pid) or ""
             record = dataclasses.replace(record, pid=process.pid, started=started)
-            record.write(directory)
+            self.store.write(directory.name, record)
             return await self._attach(record, directory, _START_S, process)
         except BaseException:
             await asyncio.shield(self._discard(directory, record))
@@ -130,6 +136,7 @@ class LocalBackend:
         """Removes the service's directories."""
         for own in (self.own, *self._taken_over):
             await asyncio.to_thread(remove_tree, own)
+        self.store.close()
 
     @property
     def limits(self) -> str:
@@ -146,7 +153,7 @@ class LocalBackend:
 
     def health(self) -> dict[str, Any]:
         """How limits are held."""
-        return {"limits": self.limits}
+        return {"limits": self.limits, "disk": disk.held()}
 
     async def _discard(self, directory: Path, record: owner.Record | None) -> None:
         """Kills every process of a sandbox and removes its directory and its group."""
@@ -156,6 +163,8 @@ class LocalBackend:
         await kill_all(Members(marker, session=session, uid=uid))
         if self.cgroups:
             await self.cgroups.remove(directory.name)
+        await disk.unmount(directory)
+        self.store.forget(directory.name)
         await asyncio.to_thread(remove_tree, directory)
 
     async def _attach(
@@ -187,7 +196,7 @@ class LocalBackend:
             open_workspace(directory, spec, record.uid),
             link,
             close=close,
-            root="/workspace" if isolated else str(directory / "workspace"),
+            root="/workspace" if isolated else str(directory / "data/workspace"),
             prelude=self._prelude(spec.limits),
         )
 
@@ -196,44 +205,61 @@ class LocalBackend:
     ) -> subprocess.Popen[bytes]:
         """Starts a chain of programs, each replacing the one before it, that ends in the agent."""
         info = record.info
-        blocks = str(info.spec.limits.files_mb * MB // 512)
-        setup = ["/bin/sh", "-c", _SETUP, "sh", str(len(groups)), *map(str, groups), blocks]
-        if self.isolation == "bubblewrap":
-            sandbox = bubblewrap.arguments(
-                self.etc,
-                self.agent,
-                directory,
-                network=info.spec.network,
-                die_with_parent=not self._durable,
-            )
-            python, line, agent = bubblewrap.python()[0], LINE_DIR, AGENT_DIR
-        else:
-            env = {
-                **bubblewrap.ENV,
-                "HOME": str(directory / "home"),
-                "TMPDIR": str(directory / "tmp"),
-                _MARKER: info.id,
-            }
-            sandbox = ["/usr/bin/env", "-i", *(f"{name}={value}" for name, value in env.items())]
-            system, bound = bubblewrap.python()
-            python = sys.executable if bound else system
-            line, agent = str(directory / "line"), str(self.agent)
-        start = agent_arguments([python, "-ISB", agent], line, info, durable=self._durable)
-        with open(directory / "agent.log", "wb") as said:
+        limits = info.spec.limits
+        setup = ["/bin/sh", "-c", _SETUP, "sh", str(len(groups)), *map(str, groups)]
+        setup += [str(limits.files_mb * MB // 512), str(limits.open_files)]
+        with contextlib.ExitStack() as stack:
+            said = stack.enter_context(open(directory / "agent.log", "wb"))
+            inherited = []
+            if self.isolation == "bubblewrap":
+                inherited = [stack.enter_context(open(self.filter, "rb")).fileno()]
+                sandbox = bubblewrap.arguments(
+                    self.etc,
+                    self.agent,
+                    directory,
+                    filter_fd=inherited[0],
+                    shm_bytes=shm_bytes(limits),
+                    network=info.spec.network,
+                    die_with_parent=not self._durable,
+                )
+                python, line, agent = bubblewrap.python()[0], LINE_DIR, AGENT_DIR
+            else:
+                sandbox = self._plain(info, directory)
+                system, bound = bubblewrap.python()
+                python = sys.executable if bound else system
+                line, agent = str(directory / "line"), str(self.agent)
+            program = [python, "-ISB", f"{agent}/__main__.py"]
+            start = agent_arguments(program, line, info, durable=self._durable)
             return subprocess.Popen(
                 [*setup, *_drop(record.uid), *sandbox, *start],
                 stdin=subprocess.DEVNULL,
                 stdout=said,
                 stderr=said,
                 env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", _MARKER: info.id},
+                pass_fds=inherited,
                 start_new_session=True,
             )
+
+    def _plain(self, info: SandboxInfo, directory: Path) -> list[str]:
+        """The command prefix that only sets the environment."""
+        env = {
+            **bubblewrap.ENV,
+            "HOME": str(directory / "data/home"),
+            "TMPDIR": str(directory / "data/tmp"),
+            _MARKER: info.id,
+        }
+        return ["/usr/bin/env", "-i", *(f"{name}={value}" for name, value in env.items())]
 
     def _prelude(self, limits: Limits) -> str:
         if self.cgroups:
             return ""
         memory = f"ulimit -v {limits.memory_mb * MB // 1024}; "
         return memory + ("" if self.limits == "rlimits" else _PROCESSES.format(limits.pids))
+
+
+def bubblewrap_problem() -> str | None:
+    """Why sandboxes cannot be isolated by bubblewrap here, or None."""
+    return bubblewrap.problem(_drop(owner.FIRST_UID if os.geteuid() == 0 else None))
 
 
 def _parent(pid: int) -> int | None:

@@ -6,8 +6,10 @@ import asyncio
 import importlib
 import itertools
 import os
+import re
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterator
@@ -23,6 +25,8 @@ from sandbox.backends.docker import DEFAULT_IMAGE
 from sandbox.client import Sandbox, SandboxClient, SandboxSpec
 
 T = TypeVar("T")
+
+ROOT = Path(__file__).parents[2]
 
 BACKENDS = {
     "local-bubblewrap": ("local", "bubblewrap"),
@@ -88,6 +92,41 @@ def open_directory() -> Iterator[Path]:
         yield path
     finally:
         shutil.rmtree(path)
+
+
+_EMBEDDED = """
+import sys, time
+from pathlib import Path
+from sandbox.service import embedded
+backend, isolation, state_dir = sys.argv[1:]
+with embedded(backend, isolation=isolation, state_dir=Path(state_dir)) as url:
+    print(url, flush=True)
+    time.sleep(60)
+"""
+
+
+@contextmanager
+def serving(
+    kind: str, state_dir: Path, *, embedded: bool = False, port: int = 0, pool: int = 0
+) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A service in a process of its own, and its URL."""
+    backend, isolation = BACKENDS[kind]
+    command = [sys.executable, "-m", "sandbox", "serve", "--port", str(port), "--backend", backend]
+    command += ["--pool", str(pool)]
+    command += ["--isolation", isolation, "--state-dir", str(state_dir)]
+    if embedded:
+        command = [sys.executable, "-c", _EMBEDDED, backend, isolation, str(state_dir)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        url = re.search(r"http://\S+", process.stdout.readline())
+        assert url is not None
+        yield process, url[0]
+    finally:
+        process.kill()
+        process.wait()
+        assert process.stdout is not None
+        process.stdout.close()
 
 
 _numbers = itertools.count()

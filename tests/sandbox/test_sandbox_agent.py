@@ -12,7 +12,7 @@ from sandbox.client import Limits, Sandbox, SandboxClient, SandboxLost, SandboxR
 
 _POSE = """
 import os, socket, struct
-for path in ('/run/klong/line/agent.sock', '../line/agent.sock'):
+for path in ('/run/klong/line/agent.sock', '../../line/agent.sock'):
     sock = socket.socket(socket.AF_UNIX)
     try:
         sock.connect(path)

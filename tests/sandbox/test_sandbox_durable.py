@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import re
 import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from sandbox_helpers import BACKENDS, sleepers, unique_sleep, wait_until
+from sandbox_helpers import serving, sleepers, unique_sleep, wait_until
 
 from sandbox.client import (
     SandboxClient,
@@ -19,41 +15,6 @@ from sandbox.client import (
     SandboxSpec,
     SandboxUnavailable,
 )
-
-ROOT = Path(__file__).parents[2]
-
-_EMBEDDED = """
-import sys, time
-from pathlib import Path
-from sandbox.service import embedded
-backend, isolation, state_dir = sys.argv[1:]
-with embedded(backend, isolation=isolation, state_dir=Path(state_dir)) as url:
-    print(url, flush=True)
-    time.sleep(60)
-"""
-
-
-@contextlib.contextmanager
-def _serving(
-    kind: str, state_dir: Path, *, embedded: bool = False, port: int = 0
-) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """A service in a process of its own, and its URL."""
-    backend, isolation = BACKENDS[kind]
-    command = [sys.executable, "-m", "sandbox", "serve", "--port", str(port), "--backend", backend]
-    command += ["--isolation", isolation, "--state-dir", str(state_dir)]
-    if embedded:
-        command = [sys.executable, "-c", _EMBEDDED, backend, isolation, str(state_dir)]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout is not None
-        url = re.search(r"http://\S+", process.stdout.readline())
-        assert url is not None
-        yield process, url[0]
-    finally:
-        process.kill()
-        process.wait()
-        assert process.stdout is not None
-        process.stdout.close()
 
 
 async def _leave_running(url: str, service: subprocess.Popen[str], argument: str) -> str:
@@ -84,17 +45,17 @@ def _left(kind: str, state_dir: Path, sandbox_id: str) -> list[object]:
 
 def test_what_a_killed_process_embedded_ends_by_itself(kind: str, state_dir: Path) -> None:
     argument = unique_sleep()
-    with _serving(kind, state_dir) as (_, survivor_url):
+    with serving(kind, state_dir) as (_, survivor_url):
 
         async def main() -> None:
             async with SandboxClient(survivor_url) as client, await client.create() as box:
                 await box.write("kept", "kept")
-                with _serving(kind, state_dir, embedded=True) as (killed, url):
+                with serving(kind, state_dir, embedded=True) as (killed, url):
                     sandbox_id = await _leave_running(url, killed, argument)
                 # With nobody left to tell it, the agent ends the sandbox.
                 assert await asyncio.to_thread(wait_until, lambda: not sleepers(argument))
                 assert _left(kind, state_dir, sandbox_id), "nothing was left to clean up"
-                with _serving(kind, state_dir) as (again, url):
+                with serving(kind, state_dir) as (again, url):
                     assert not _left(kind, state_dir, sandbox_id)
                     async with SandboxClient(url) as other:
                         assert await other.list() == []
@@ -143,10 +104,10 @@ def test_what_a_killed_service_served_is_adopted(kind: str, state_dir: Path) -> 
         assert not _left(kind, state_dir, sandbox_id)
 
     async def main() -> None:
-        with _serving(kind, state_dir) as (killed, url):
+        with serving(kind, state_dir) as (killed, url):
             sandbox_id, running = await first(url, killed)
         port = int(url.rpartition(":")[2])
-        with _serving(kind, state_dir, port=port) as (again, url):
+        with serving(kind, state_dir, port=port) as (again, url):
             assert await running == "once\n"
             await second(url, again, sandbox_id)
 
@@ -157,7 +118,7 @@ def test_a_sandbox_expires_without_its_service(kind: str, state_dir: Path) -> No
     argument = unique_sleep()
 
     async def main() -> None:
-        with _serving(kind, state_dir) as (killed, url):
+        with serving(kind, state_dir) as (killed, url):
             async with SandboxClient(url) as client:
                 box = await client.create(SandboxSpec(lifetime_s=1))
                 session = await box.session()
@@ -165,7 +126,7 @@ def test_a_sandbox_expires_without_its_service(kind: str, state_dir: Path) -> No
                 killed.kill()
         assert sleepers(argument)
         assert await asyncio.to_thread(wait_until, lambda: not sleepers(argument))
-        with _serving(kind, state_dir):
+        with serving(kind, state_dir):
             assert not _left(kind, state_dir, box.id)
 
     asyncio.run(main())
@@ -185,7 +146,7 @@ def test_terminating_a_service_removes_everything(kind: str, state_dir: Path) ->
             assert await asyncio.to_thread(process.wait, 15) == 0
             return box.id
 
-    with _serving(kind, state_dir) as (process, url):
+    with serving(kind, state_dir) as (process, url):
         sandbox_id = asyncio.run(main(url, process))
         assert sleepers(argument) == []
         assert not _left(kind, state_dir, sandbox_id)

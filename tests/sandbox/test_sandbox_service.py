@@ -137,6 +137,9 @@ def test_an_id_that_could_leave_its_directory_is_refused(service: Service) -> No
     [
         ('{"limits": {"cpus": -1}}', "limits.cpus"),
         ('{"limits": {"ram": 1}}', "limits.ram"),
+        ('{"limits": {"disk_mb": 1}}', "limits.disk_mb"),
+        ('{"limits": {"open_files": 2}}', "limits.open_files"),
+        ('{"idle_s": 0}', "idle_s"),
         ('{"lifetime_s": "long"}', "lifetime_s"),
         ('{"image": "no-such-image:ever"}', "image"),
         ('{"env": {"A B": "x"}}', "env"),

@@ -278,13 +278,23 @@ class SandboxConfig(Section):
     """Environment variable that holds the bearer token to ask for."""
     state_dir: Path | None
     """Where workspaces live; null is the temporary directory."""
+    pool: int = Field(ge=0)
+    """Sandboxes kept ready, of the kinds asked for last; 0 makes each when it is asked for."""
+    pool_idle_s: float = Field(gt=0)
+    """Seconds that one is kept ready."""
+    url: str | None
+    """Of ps, exec, logs and rm: the service to ask; null is the one at host and port."""
+    timeout_s: float = Field(gt=0)
+    """Of exec: seconds until its command is killed."""
+    image: str
+    """Of doctor: the image that the docker backend takes by default."""
 
 
 class BenchConfig(Section):
-    """The speed of a kernel beside its peers, or of training on windows that begin alike."""
+    """The speed of a kernel beside its peers, of training on alike windows, or of sandboxes."""
 
-    what: Literal["attention", "grouped_matmul", "linear_cross_entropy", "sft"]
-    """The kernel, or sft."""
+    what: Literal["attention", "grouped_matmul", "linear_cross_entropy", "sft", "sandbox"]
+    """The kernel, or sft, or sandbox."""
     backend: str | None
     """A kernel's backend; null takes the one of this platform."""
     table: Literal["windows", "trajectories", "growth", "longest", "mixture"] | None
@@ -295,9 +305,9 @@ class BenchConfig(Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        if self.what == "sft" and self.backend is not None:
+        if self.what in ("sft", "sandbox") and self.backend is not None:
             raise UserError(
-                f"backend={self.backend}: training has no backend of its own; leave it out."
+                f"backend={self.backend}: what={self.what} has no kernel of its own; leave it out."
             )
         if self.what != "sft" and self.table is not None:
             raise UserError(f"table={self.table}: only what=sft has tables; leave it out.")

@@ -1,0 +1,1 @@
+"""The sandbox service beside what else runs commands in containers."""

@@ -1,0 +1,168 @@
+"""What a service must not forget: its sandboxes, and a log of what was done in them.
+
+One SQLite file a state directory, shared by the services of that directory. In WAL mode a change
+is kept whole or not at all if its service is killed; nothing waits for the disk, for a machine
+that loses power loses its sandboxes, too.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sandbox.api import Event, SandboxInfo, parse, to_json
+from sandbox.errors import SandboxRefused, SandboxUnavailable
+from sandbox.owner import Record
+
+_VERSION = 1
+_SCHEMA = f"""
+CREATE TABLE sandboxes (
+    box TEXT PRIMARY KEY, info TEXT NOT NULL, pid INTEGER, started TEXT, uid INTEGER
+) WITHOUT ROWID;
+CREATE TABLE waiting (box TEXT PRIMARY KEY) WITHOUT ROWID;
+CREATE TABLE events (
+    number INTEGER PRIMARY KEY AUTOINCREMENT,
+    at REAL NOT NULL, sandbox TEXT NOT NULL, kind TEXT NOT NULL, facts TEXT NOT NULL
+);
+CREATE INDEX events_of_a_sandbox ON events (sandbox, number);
+PRAGMA user_version = {_VERSION};
+"""
+
+# Events kept of a state directory, and how many more come before the oldest are dropped.
+_KEPT, _SLACK = 50_000, 1_000
+
+# Characters kept of a command or a path.
+_MAX_TEXT = 2_000
+
+_BUSY_S = 10.0
+
+
+class Store:
+    """The records and the log of a state directory, for one thread."""
+
+    def __init__(self, path: Path, *, kept: int = _KEPT) -> None:
+        """Opens or makes the file, readable by this user alone.
+
+        Args:
+            path: The file, or ":memory:".
+            kept: Events that pruning leaves.
+
+        Raises:
+            SandboxUnavailable: it cannot be opened, or is not such a file.
+        """
+        self._kept, self._appended = kept, 0
+        try:
+            if str(path) != ":memory:":
+                os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+            self._db = sqlite3.connect(path, timeout=_BUSY_S, isolation_level=None)
+            self._db.execute("PRAGMA journal_mode = WAL")
+            self._db.execute("PRAGMA synchronous = NORMAL")
+            with self._transaction():
+                (version,) = self._db.execute("PRAGMA user_version").fetchone()
+                if version == 0:
+                    for statement in _SCHEMA.split(";"):
+                        self._db.execute(statement)
+        except (OSError, sqlite3.Error) as error:
+            raise SandboxUnavailable(
+                f"the store {path} cannot be used: {error}; "
+                "remove it once no sandbox of it lives, or choose another --state-dir."
+            ) from None
+        if version not in (0, _VERSION):
+            raise SandboxUnavailable(
+                f"the store {path} is of another version of the service; "
+                "choose another --state-dir."
+            )
+        self.prune()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._db.close()
+
+    def write(self, box: str, record: Record) -> None:
+        """Replaces what is known of a sandbox, by the name of its directory."""
+        info = json.dumps(to_json(record.info))
+        self._db.execute(
+            "INSERT OR REPLACE INTO sandboxes VALUES (?, ?, ?, ?, ?)",
+            (box, info, record.pid, record.started, record.uid),
+        )
+
+    def read(self, box: str) -> Record | None:
+        """What is known of a sandbox; None if its making had not come so far."""
+        row = self._db.execute(
+            "SELECT info, pid, started, uid FROM sandboxes WHERE box = ?", (box,)
+        ).fetchone()
+        if row is None:
+            return None
+        try:
+            return Record(parse(SandboxInfo, row[0]), *row[1:])
+        except SandboxRefused:
+            return None  # Of a version with other fields.
+
+    def forget(self, box: str) -> None:
+        """Drops what is known of a sandbox that has ended."""
+        with self._transaction():
+            self._db.execute("DELETE FROM sandboxes WHERE box = ?", (box,))
+            self._db.execute("DELETE FROM waiting WHERE box = ?", (box,))
+
+    def expect(self, box: str) -> None:
+        """Notes, before it is made, that a sandbox is made for nobody yet."""
+        self._db.execute("INSERT INTO waiting VALUES (?)", (box,))
+
+    def is_waiting(self, box: str) -> bool:
+        """Whether a sandbox was made for nobody yet."""
+        found = self._db.execute("SELECT 1 FROM waiting WHERE box = ?", (box,)).fetchone()
+        return found is not None
+
+    def assign(self, box: str, info: SandboxInfo) -> None:
+        """Gives a waiting sandbox to a caller."""
+        with self._transaction():
+            self._db.execute("DELETE FROM waiting WHERE box = ?", (box,))
+            self._db.execute(
+                "UPDATE sandboxes SET info = ? WHERE box = ?", (json.dumps(to_json(info)), box)
+            )
+
+    def log(self, sandbox_id: str, kind: str, **facts: Any) -> None:
+        """Appends an event; long texts are cut."""
+        for name, fact in facts.items():
+            if isinstance(fact, str) and len(fact) > _MAX_TEXT:
+                facts[name] = f"{fact[:_MAX_TEXT]}... ({len(fact)} characters)"
+        self._db.execute(
+            "INSERT INTO events (at, sandbox, kind, facts) VALUES (?, ?, ?, ?)",
+            (time.time(), sandbox_id, kind, json.dumps(facts)),
+        )
+        self._appended += 1
+        if self._appended >= _SLACK:
+            self.prune()
+
+    def events(self, sandbox_id: str, *, after: int, limit: int) -> list[Event]:
+        """The first events of a sandbox that come after one with number `after`."""
+        rows = self._db.execute(
+            "SELECT number, at, kind, facts FROM events WHERE sandbox = ? AND number > ? "
+            "ORDER BY number LIMIT ?",
+            (sandbox_id, after, limit),
+        )
+        return [Event(number, at, kind, json.loads(facts)) for number, at, kind, facts in rows]
+
+    def prune(self) -> None:
+        """Drops all but the latest events."""
+        self._appended = 0
+        self._db.execute(
+            "DELETE FROM events WHERE number <= (SELECT max(number) FROM events) - ?",
+            (self._kept,),
+        )
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+        except BaseException:
+            self._db.execute("ROLLBACK")
+            raise
+        self._db.execute("COMMIT")
