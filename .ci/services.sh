@@ -10,6 +10,7 @@ missing=
 command -v bwrap >/dev/null || missing="$missing bubblewrap"
 command -v debootstrap >/dev/null || missing="$missing debootstrap"
 command -v dockerd >/dev/null || missing="$missing docker.io"
+command -v mkfs.ext4 >/dev/null || missing="$missing e2fsprogs"
 command -v redis-server >/dev/null || missing="$missing redis-server"
 if [ -n "$missing" ]; then
     say "installing$missing"
@@ -18,6 +19,9 @@ if [ -n "$missing" ]; then
     DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends $missing \
         >>/tmp/klong-apt.log 2>&1 || { tail -n 20 /tmp/klong-apt.log >&2; exit 1; }
 fi
+
+# Quotas of sandboxes are file systems in files.
+[ -e /dev/loop-control ] || modprobe loop 2>/dev/null || mknod /dev/loop-control c 10 237 || true
 
 # wait_for SECONDS COMMAND...: until the command succeeds.
 wait_for() {
