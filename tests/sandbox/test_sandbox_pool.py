@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import signal
 from collections.abc import AsyncIterator, Iterator
@@ -177,13 +178,15 @@ def test_a_claimed_sandbox_ends_with_the_lifetime_it_was_claimed_for(
             await registry.create(before, SandboxSpec())
             await _settled(registry, 1)
             box = registry.pool.waiting[0]
-            await registry.create(after, SandboxSpec(lifetime_s=0.5))
+            await registry.create(after, SandboxSpec(lifetime_s=1))
             # The agent's own clock, without a service.
             registry._entries[after].expiry.cancel()
             await registry.open_session(after, "s", SessionRequest())
             await registry.run(after, "s", RunRequest(f"sleep {argument} &"))
             assert await asyncio.to_thread(wait_until, lambda: bool(sleepers(argument)))
-            assert await asyncio.to_thread(wait_until, lambda: not sleepers(argument))
-            assert box.link.is_lost
+            gone = functools.partial(wait_until, timeout_s=15)
+            assert await asyncio.to_thread(gone, lambda: not sleepers(argument))
+            while not box.link.is_lost:
+                await asyncio.sleep(0.01)
 
     asyncio.run(main())

@@ -264,7 +264,7 @@ class CorporaConfig(Section):
 
 
 class SandboxConfig(Section):
-    """The sandbox service."""
+    """Sandboxes. Words before settings: serve, ps, exec ID COMMAND, logs ID, rm ID ..., doctor."""
 
     backend: Literal["local", "docker"]
     """What sandboxes are made of."""
