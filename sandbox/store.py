@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import sqlite3
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +60,9 @@ class Store:
         self._kept, self._appended = kept, 0
         try:
             if str(path) != ":memory:":
-                os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+                _make_private(path)
             self._db = sqlite3.connect(path, timeout=_BUSY_S, isolation_level=None)
-            self._db.execute("PRAGMA journal_mode = WAL")
+            self._write_ahead()
             self._db.execute("PRAGMA synchronous = NORMAL")
             with self._transaction():
                 (version,) = self._db.execute("PRAGMA user_version").fetchone()
@@ -157,6 +158,21 @@ class Store:
             (self._kept,),
         )
 
+    def _write_ahead(self) -> None:
+        """Switches the file to a write-ahead log, unless somebody has.
+
+        While another process writes, SQLite refuses that at once whatever the timeout.
+        """
+        deadline = time.monotonic() + _BUSY_S
+        while True:
+            try:
+                self._db.execute("PRAGMA journal_mode = WAL")
+                return
+            except sqlite3.OperationalError as error:
+                if "locked" not in str(error) or time.monotonic() > deadline:
+                    raise
+            time.sleep(0.01)
+
     @contextmanager
     def _transaction(self) -> Iterator[None]:
         self._db.execute("BEGIN IMMEDIATE")
@@ -166,3 +182,18 @@ class Store:
             self._db.execute("ROLLBACK")
             raise
         self._db.execute("COMMIT")
+
+
+def _make_private(path: Path) -> None:
+    """Makes an empty file that this user alone may read, unless there is one.
+
+    The file itself is never opened here: closing it would free all locks that other connections of
+    this process hold on it (https://sqlite.org/howtocorrupt.html, 2.2).
+    """
+    if path.exists():
+        return
+    empty = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
+    os.close(os.open(empty, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+    with suppress(FileExistsError):
+        os.link(empty, path)
+    empty.unlink()

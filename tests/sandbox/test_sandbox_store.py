@@ -42,6 +42,29 @@ def test_what_was_written_is_there_after_a_kill(tmp_path: Path) -> None:
         assert store.events("sb-11111111", after=0, limit=9) == []
 
 
+_OPENING = """
+import sys, time
+from pathlib import Path
+from sandbox.store import Store
+kept = Store(Path(sys.argv[1]))
+end = time.monotonic() + 1
+while time.monotonic() < end:
+    kept.log("sb-00000000", "exec")
+    Store(Path(sys.argv[1])).log("sb-00000000", "exec")
+"""
+
+
+def test_services_of_one_process_leave_each_others_locks(tmp_path: Path) -> None:
+    path = tmp_path / "store.db"
+    command = [sys.executable, "-c", _OPENING, str(path)]
+    writers = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    assert [writer.communicate()[1] for writer in writers] == ["", ""]
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert [file.name for file in tmp_path.iterdir()] == ["store.db"]
+    (whole,) = sqlite3.connect(path).execute("PRAGMA integrity_check").fetchone()
+    assert whole == "ok"
+
+
 def test_records_and_who_waits(tmp_path: Path) -> None:
     store = Store(tmp_path / "store.db")
     record = Record(INFO, pid=7, started="8", uid=9)

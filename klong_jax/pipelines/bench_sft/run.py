@@ -76,7 +76,7 @@ def sizes(platform: str) -> Sizes:
         small = DecoderConfig(1024, 128, 2, 4, 2, 32, 384)
         assert mixture.moe is not None
         experts = replace(small, moe=replace(mixture.moe, num_experts=8, top_k=2, expert_size=64))
-        growth = Work(64, 64), (1, 2, 4)
+        growth = Work(64, 64), (1, 3)
         trajectories = Work(64, 192, 4), Work(128, 128, 4)
         return Sizes(
             small, small, (experts,), DTypes(), (256,), trajectories, growth, (512,), 512
