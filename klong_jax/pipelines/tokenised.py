@@ -27,6 +27,10 @@ from klong_jax.text.formats import Recording, recording_files
 SHARED_MULTIPLE = 128
 """Of tokens of a shared prefix: what kernels of all platforms and common meshes divide."""
 
+# With fewer short windows than this share of all, packing would spare few rows, and those that are
+# packed take a path of attention of their own.
+_MANY_SHORT = 0.25
+
 # Of the readers of formats and of this module: another one may tokenise otherwise.
 _VERSION = 1
 _SHOWN_REMARKS = 5
@@ -96,7 +100,7 @@ def tokenised_windows(
         together: Most windows of one trajectory that make a group.
         shared_prefix: Tokens at the front of a group's windows that are computed once.
         rows_share: Rows of a micro-batch that may stay empty, as a share of a step's groups.
-        pack: Whether short windows share a row.
+        pack: Whether short windows share a row, if there are many.
 
     Raises:
         UserError: A recording cannot be used and is not to be passed over, the cache is spoilt, or
@@ -130,6 +134,14 @@ def tokenised_windows(
             markup=False,
         )
         left = shorter
+    short, windows = sum(part.short for part in parts), sum(part.windows for part in parts)
+    if pack:
+        pack = short >= _MANY_SHORT * windows
+        console.print(
+            f"{short} of {windows} windows fill at most half a row of {limit} tokens: "
+            f"{'short windows share rows' if pack else 'each has a row of its own'}",
+            markup=False,
+        )
     return WindowDataset(
         name="trajectories",
         groups=Joined(parts),

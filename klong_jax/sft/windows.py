@@ -55,6 +55,9 @@ class CorpusGroups(Sequence[Group]):
 
     A group is up to so many consecutive windows of one trajectory. Of each trajectory only the
     number of its windows is kept.
+
+    Attributes:
+        short: How many windows fill at most half of the context.
     """
 
     def __init__(
@@ -77,9 +80,12 @@ class CorpusGroups(Sequence[Group]):
             UserError: A trajectory does not fit and nobody is told, or none fits.
         """
         counts = []
+        self.short = 0
         for number in range(len(corpus)):
             try:
-                counts.append(len(stored_spans(corpus.trajectory(number), policy)))
+                spans = stored_spans(corpus.trajectory(number), policy)
+                counts.append(len(spans))
+                self.short += sum(2 * span.length <= policy.limit for span in spans)
             except UserError as error:
                 if on_skip is None:
                     raise
@@ -107,6 +113,11 @@ class CorpusGroups(Sequence[Group]):
         return tuple(
             cut_stored(trajectory, start + index, span) for index, span in enumerate(spans)
         )
+
+    @property
+    def windows(self) -> int:
+        """How many windows there are."""
+        return int(self._windows.sum())
 
     def prefixes(self) -> Iterator[tuple[int, int]]:
         """Of each group the length of its pinned prefix and its number of windows."""

@@ -66,6 +66,7 @@ def test_training_on_real_recordings_with_the_prefix_once_and_whole(
     done = sft(tmp_path / "once", *given, "sft.steps=6")
     assert done.returncode == 0, done.stderr
     assert "groups of windows compute 1536 tokens of their pinned prefix once" in done.stdout
+    assert "each has a row of its own" in " ".join(done.stdout.split())
     once = rows(tmp_path / "once")
     assert mean(row["loss"] for row in once[-3:]) < mean(row["loss"] for row in once[:2]) - 0.3
     assert max(row["windows"] for row in once) > 1
@@ -110,6 +111,8 @@ def test_a_mixture_is_trained_and_the_best_by_held_out_loss_kept(tmp_path: Path)
     )
     done = sft(tmp_path / "runs", *given)
     assert done.returncode == 0, done.stderr
+    said = " ".join(done.stdout.split())
+    assert "11 of 11 windows fill at most half a row of 600 tokens: short windows share" in said
     made = rows(tmp_path / "runs")
     assert [row["windows"] for row in made] == [4] * 6
     # Four short conversations share a row; apart, each in one of 600 tokens, they would fill less.

@@ -117,6 +117,11 @@ def test_drawn_recordings_give_the_windows_of_the_path_in_memory(
                 for one, window in zip(group, expected, strict=True):
                     same(one, window)
         assert not list(groups)
+        lengths = [len(window.tokens) for group in stored for window in group]
+        assert (stored.windows, stored.short) == (
+            len(lengths),
+            sum(2 * length <= policy.limit for length in lengths),
+        )
 
 
 def write_large(folder: Path, trajectories: int, tokens: int, turns: int) -> None:

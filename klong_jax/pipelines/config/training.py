@@ -269,8 +269,8 @@ class SftSection(Section):
     every window whole. The gradient is the same."""
     pack: bool
     """Whether short windows share a row of splitting.context_limit tokens, one behind another, so
-    that little padding is computed; windows that share a prefix are left as they are. The gradient
-    is the same."""
+    that little padding is computed: where a quarter of all fill at most half a row, and but for
+    those that share a prefix. The gradient is the same."""
     micro_batch: int = Field(gt=0)
     """Rows of windows, or groups that share a prefix, a gradient call; rounded up to what the
     mesh's data, fsdp and expert share evenly."""
