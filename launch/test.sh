@@ -16,7 +16,6 @@ ruff check
 ruff format --check
 mypy
 lint-imports
-# A file stays in one process, and the files in their order: the longest is first. One process more
-# than cores, since those of sandboxes mostly wait; many would only wait for memory and services.
-processes=$(($(nproc) < 4 ? $(nproc) + 1 : 4))
-pytest --numprocesses "$processes" --dist loadfile --no-loadscope-reorder "$@"
+# A file stays in one process, and the files in their order: the longest is first. More than a few
+# processes would only wait for memory and services.
+pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder "$@"
