@@ -1,7 +1,7 @@
 """Where a policy acts: an engine that serves it, and a runner that works off a queue with it."""
 
 import os
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -47,19 +47,23 @@ class Arena:
         self,
         params: Params,
         version: int,
+        groups: Collection[str],
         on_done: Callable[[RolloutRequest], None] = lambda request: None,
     ) -> None:
-        """Works off the queue with a policy.
+        """Works off some groups of the queue with a policy.
 
         Args:
             params: The policy's parameters.
             version: Recorded with every token it samples.
+            groups: The ids of the groups.
             on_done: Told each request that was judged.
         """
         self._engine.load(params, version)
         seat = self._engine.seat
         with self._scope():
-            await self._runner.drain(lambda slot, request: seat(slot, request.seed), on_done)
+            await self._runner.drain(
+                groups, lambda slot, request: seat(slot, request.seed), on_done
+            )
 
 
 @asynccontextmanager

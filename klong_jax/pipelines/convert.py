@@ -1,6 +1,7 @@
 """`klong convert`: from a Hugging Face directory to a policy, and back."""
 
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -83,9 +84,11 @@ def _import(config: ConvertConfig, console: Console) -> None:
 def _write_policy(folder: Path, policy: Policy, model: HfModel) -> None:
     describe_policy(folder, policy)
     write_json(folder / "huggingface" / _PASSED_ON, model.passed_on)
-    checkpoints = Checkpoints(folder / "checkpoints", policy.identity)
-    checkpoints.save(TrainState(policy.params, (), jnp.int32(0)), {"source": str(model.folder)})
-    checkpoints.close()
+    # Closed also if a save fails: what still writes in the background would make the folder again
+    # after it was removed.
+    with closing(Checkpoints(folder / "checkpoints", policy.identity)) as checkpoints:
+        state = TrainState(policy.params, (), jnp.int32(0))
+        checkpoints.save(state, {"source": str(model.folder)})
 
 
 def _stored_as(model: HfModel) -> DType:

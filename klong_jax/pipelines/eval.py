@@ -71,7 +71,7 @@ async def evaluate(
         def done(request: RolloutRequest) -> None:
             advance(1)
 
-        await arena.play(params, 0, done)
+        await arena.play(params, 0, groups, done)
         results = queue.results(groups)
         scores = [result.score for result in results if result.score is not None]
         advance(0, f"mean score {sum(scores) / len(scores):.2f}" if scores else "none judged")

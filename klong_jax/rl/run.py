@@ -1,7 +1,7 @@
 """The progressive RL run: roll out, judge, learn, and advance through the stages."""
 
 import random
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -108,7 +108,7 @@ async def roll_out(
     step: int,
     task_ids: Sequence[str],
     queue: RolloutQueue,
-    play: Callable[[], Awaitable[None]],
+    play: Callable[[Collection[str]], Awaitable[None]],
 ) -> RlBatch:
     """Rolls out one step.
 
@@ -122,12 +122,13 @@ async def roll_out(
         step: Optimiser steps taken.
         task_ids: What to train on.
         queue: The durable queue.
-        play: Works it off with the policy of the step.
+        play: Works off groups of it with the policy of the step.
     """
     requests = plan_step(config, position, step, task_ids)
     queue.put(requests)
-    await play()
-    return make_batch(queue.results({request.group_id for request in requests}))
+    groups = {request.group_id for request in requests}
+    await play(groups)
+    return make_batch(queue.results(groups))
 
 
 def plan_step(

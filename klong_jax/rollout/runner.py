@@ -8,7 +8,7 @@ restarted run computes the same numbers in the same places.
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 
 from klong_jax.agent.agent import AgentResult, run_agent
@@ -73,18 +73,23 @@ class RolloutRunner:
 
     async def drain(
         self,
+        groups: Collection[str],
         seat: Callable[[int, RolloutRequest], ChatModel],
         on_done: Callable[[RolloutRequest], None] = lambda request: None,
     ) -> None:
-        """Runs everything that is queued, until nothing is.
+        """Runs everything of some groups that is queued, until nothing is.
+
+        A run that was killed may have left requests of a later step or of another policy; they
+        stay for those who play them.
 
         Args:
+            groups: The ids of the groups.
             seat: Gives the model that plays a request in a slot.
             on_done: Called after each request that was worked on.
         """
         heartbeat = asyncio.create_task(self._renew())
         try:
-            while leased := self._queue.lease(self._worker, time.time(), _LEASE_S, limit=10_000):
+            while leased := self._lease(groups):
                 self._held = {request.request_id: request for request in leased}
                 lanes: list[deque[RolloutRequest]] = [deque() for _ in range(self._slots)]
                 for request in sorted(leased, key=lambda request: request.slot):
@@ -94,6 +99,13 @@ class RolloutRunner:
                         group.create_task(self._work_off(slot, lane, seat, on_done))
         finally:
             heartbeat.cancel()
+
+    def _lease(self, groups: Collection[str]) -> list[RolloutRequest]:
+        found = self._queue.lease(self._worker, time.time(), _LEASE_S, limit=10_000)
+        for request in found:
+            if request.group_id not in groups:
+                self._queue.release(request)
+        return [request for request in found if request.group_id in groups]
 
     async def _work_off(
         self,

@@ -7,6 +7,7 @@ with the tokens of a prefix that windows share as "shared".
 import asyncio
 import json
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -73,9 +74,10 @@ def rolled_out(request: RolloutRequest) -> tuple[Trajectory, Judgement]:
 def made_up_arena(folder: Path) -> Any:
     queue = open_queue(str(folder / "rollouts.sqlite"), "run", 1)
 
-    async def play(params: Any, version: int) -> None:
+    async def play(params: Any, version: int, groups: Collection[str]) -> None:
         assert all(leaf.is_fully_addressable for leaf in jax.tree.leaves(params))
         for request in queue.lease("worker", 0.0, 60.0, limit=8):
+            assert request.group_id in groups
             trajectory, judgement = rolled_out(request)
             queue.finish(trajectory, request, judgement)
 
