@@ -135,7 +135,8 @@ def tokenised_windows(
         )
         left = shorter
     short, windows = sum(part.short for part in parts), sum(part.windows for part in parts)
-    if pack:
+    # Groups that share a prefix are never packed.
+    if pack := pack and bool(left):
         pack = short >= _MANY_SHORT * windows
         console.print(
             f"{short} of {windows} windows fill at most half a row of {limit} tokens: "
