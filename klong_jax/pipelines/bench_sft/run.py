@@ -267,7 +267,7 @@ class Bench:
         """Runs a contender in a process of its own, so that memory and settings are its own."""
         job = Job(model or self.sizes.model, work, way, repeats or self._repeats, self.sizes.dtypes)
         module = f"klong_jax.pipelines.bench_sft.{contender}"
-        # All but what the driver needs, as torch takes.
+        # By itself JAX takes three quarters of a GPU's memory, and torch what it needs.
         environment = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.94", **os.environ}
         done = subprocess.run(
             [sys.executable, "-m", module, job.to_json()],
