@@ -1,4 +1,4 @@
-"""What travels between client and service: specs, requests and results, with their validation."""
+"""What travels between client and service: requests and results, with their validation."""
 
 from __future__ import annotations
 
@@ -7,42 +7,16 @@ import re
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from sandbox.errors import SandboxRefused
+from sandbox.spec import STRICT, Env, Isolation, SandboxSpec, Text
 
-MB = 1_000_000
-
-Isolation = Literal["bubblewrap", "none", "docker"]
-
-_ID = re.compile(r"sb-[a-z0-9]{8,40}")
 _SESSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
-_STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
-
-_Text = Annotated[str, Field(pattern=r"^[^\x00]*$")]
-_Name = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
-Env = Mapping[_Name, _Text]
 _Operation = Annotated[str, Field(pattern=r"^[A-Za-z0-9-]{8,64}$")]
-
-
-def new_id() -> str:
-    """A fresh sandbox id, unguessable."""
-    return f"sb-{secrets.token_hex(8)}"
-
-
-def check_id(sandbox_id: str) -> None:
-    """Refuses an id that no client of this package would choose.
-
-    Raises:
-        SandboxRefused: it has not the form of `new_id`; it names directories and groups.
-    """
-    if not _ID.fullmatch(sandbox_id):
-        raise SandboxRefused(
-            f"id {sandbox_id!r}: a sandbox's id is sb- and 8 to 40 small letters or digits."
-        )
 
 
 def new_operation() -> str:
@@ -64,57 +38,6 @@ def check_session(name: str) -> None:
 
 
 @dataclass(frozen=True)
-class Limits:
-    """What one sandbox may use."""
-
-    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
-
-    cpus: Annotated[float, Field(ge=0.05)] = 1.0
-    """CPU cores, shared by all commands of the sandbox."""
-    memory_mb: Annotated[int, Field(ge=16)] = 2048
-    """Megabytes (10^6 bytes) of memory, swap included."""
-    pids: Annotated[int, Field(ge=8)] = 256
-    """Processes and threads alive at once, the sandbox's own few included."""
-    open_files: Annotated[int, Field(ge=64, le=1_048_576)] = 4096
-    """Descriptors that one process may have open."""
-    files_mb: Annotated[int, Field(ge=1)] = 1024
-    """Megabytes of the largest file a command may write, and of the largest transfer."""
-    disk_mb: Annotated[int, Field(ge=8)] | None = None
-    """Megabytes of all files together: workspace, home and /tmp; None: as many as the host has.
-    Needs a service that runs as root, and `mkfs.ext4`."""
-    inodes: Annotated[int, Field(ge=64)] | None = None
-    """Files, directories and links together; needs `disk_mb`. None: one for each 16 kB of it."""
-    output_bytes: Annotated[int, Field(ge=256, le=16_777_216)] = 262_144
-    """Bytes kept of each of stdout and stderr; the middle of a longer output is left out."""
-
-
-@dataclass(frozen=True)
-class SandboxSpec:
-    """What a sandbox should be.
-
-    Attributes:
-        image: Docker image, or None for the backend's default; the local backend has no images.
-        limits: What its commands may use together.
-        env: Environment variables of every command.
-        labels: Free text kept with the sandbox and shown in listings.
-        lifetime_s: Seconds after which the service removes it.
-        idle_s: Seconds without a request after which the service removes it; a running command is
-            a request, a session or its background job none. None: never.
-        network: Whether its commands may reach the network.
-    """
-
-    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
-
-    image: str | None = None
-    limits: Limits = field(default_factory=Limits)
-    env: Env = field(default_factory=dict)
-    labels: Mapping[str, str] = field(default_factory=dict)
-    lifetime_s: Annotated[float, Field(gt=0)] = 86_400.0
-    idle_s: Annotated[float, Field(gt=0)] | None = None
-    network: bool = False
-
-
-@dataclass(frozen=True)
 class SandboxInfo:
     """A sandbox as the service sees it; times are Unix seconds."""
 
@@ -133,7 +56,7 @@ class Event:
     Attributes:
         number: Grows with time; unique in a state directory.
         at: Unix seconds.
-        kind: What, as `sandbox.registry` names it: "create", "exec", "exit", "close" ...
+        kind: What, as `sandbox.manager` names it: "create", "exec", "exit", "close" ...
         facts: The rest, by name.
     """
 
@@ -161,9 +84,9 @@ class ExecRequest:
         acknowledge: Operations whose results have arrived.
     """
 
-    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
-    command: _Text
+    command: Text
     timeout_s: Annotated[float, Field(gt=0)] = 60.0
     cwd: str = "."
     env: Env = field(default_factory=dict)
@@ -184,7 +107,7 @@ class SessionRequest:
         acknowledge: As in `ExecRequest`.
     """
 
-    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     cwd: str = "."
     env: Env = field(default_factory=dict)
@@ -204,9 +127,9 @@ class RunRequest:
         acknowledge: As in `ExecRequest`.
     """
 
-    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
-    command: _Text
+    command: Text
     timeout_s: Annotated[float, Field(gt=0)] = 60.0
     operation: _Operation | None = None
     acknowledge: tuple[_Operation, ...] = ()

@@ -18,14 +18,11 @@ from sandbox.api import (
     Event,
     ExecRequest,
     ExecResult,
-    Limits,
     RunRequest,
     SandboxInfo,
-    SandboxSpec,
     SessionRequest,
     SessionResult,
     check_session,
-    new_id,
     new_operation,
     parse,
     to_json,
@@ -41,6 +38,7 @@ from sandbox.errors import (
     SandboxUnauthorised,
     SandboxUnavailable,
 )
+from sandbox.spec import Limits, SandboxSpec, new_id
 from sandbox.transport import OnOutput, Transport
 
 __all__ = [

@@ -16,9 +16,10 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from sandbox.api import SandboxInfo, SandboxSpec, new_id, to_json
+from sandbox.api import SandboxInfo, to_json
 from sandbox.backends.base import Backend, Box
 from sandbox.errors import SandboxError
+from sandbox.spec import SandboxSpec, new_id
 
 log = logging.getLogger("sandbox")
 

@@ -1,4 +1,4 @@
-"""The service's HTTP routes over a registry."""
+"""The service's HTTP routes over a manager."""
 
 from __future__ import annotations
 
@@ -18,19 +18,12 @@ from aiohttp.typedefs import Handler, Middleware
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from sandbox import archive
-from sandbox.api import (
-    ExecRequest,
-    ExecResult,
-    RunRequest,
-    SandboxSpec,
-    SessionRequest,
-    parse,
-    to_json,
-)
+from sandbox.api import ExecRequest, ExecResult, RunRequest, SessionRequest, parse, to_json
 from sandbox.backends import Backend
 from sandbox.errors import SandboxError, SandboxRefused, SandboxTooLarge, SandboxUnauthorised
 from sandbox.link import OnOutput
-from sandbox.registry import Registry
+from sandbox.manager import Manager
+from sandbox.spec import SandboxSpec
 from sandbox.workspace import Workspace
 
 log = logging.getLogger("sandbox")
@@ -39,7 +32,7 @@ _CHUNK = 1 << 18
 _MAX_JSON = 16_000_000
 _MAX_EVENTS = 1_000
 
-_REGISTRY = web.AppKey("registry", Registry)
+_MANAGER = web.AppKey("manager", Manager)
 
 
 def create_app(
@@ -57,7 +50,7 @@ def create_app(
     if token is not None:
         middlewares.append(_require(token))
     app = web.Application(middlewares=middlewares, client_max_size=_MAX_JSON)
-    app[_REGISTRY] = Registry(backend, pool=pool, pool_idle_s=pool_idle_s)
+    app[_MANAGER] = Manager(backend, pool=pool, pool_idle_s=pool_idle_s)
     app.cleanup_ctx.append(_backend_lifetime)
     # Before aiohttp waits for running requests: a closed sandbox answers its commands.
     app.on_shutdown.append(_close_all)
@@ -87,16 +80,16 @@ def create_app(
 
 
 async def _close_all(app: web.Application) -> None:
-    await app[_REGISTRY].close_all()
+    await app[_MANAGER].close_all()
 
 
 async def _backend_lifetime(app: web.Application) -> AsyncIterator[None]:
-    registry = app[_REGISTRY]
-    await registry.start()
+    manager = app[_MANAGER]
+    await manager.start()
     yield
     # Again, for those whose creation was under way.
-    await registry.close_all()
-    await registry.backend.close()
+    await manager.close_all()
+    await manager.backend.close()
 
 
 @web.middleware
@@ -111,7 +104,7 @@ async def _answer_errors(request: web.Request, handler: Handler) -> web.StreamRe
             log.exception("%s %s", request.method, request.path)
             raise SandboxError(f"the sandbox host fails: {error}.") from error
     except SandboxError as error:
-        request.app[_REGISTRY].metrics.rejections.labels(error.kind).inc()
+        request.app[_MANAGER].metrics.rejections.labels(error.kind).inc()
         return web.json_response({"error": str(error), "kind": error.kind}, status=error.status)
     except web.HTTPException as error:
         sentence = f"{request.method} {request.path}: {error.reason}."
@@ -134,7 +127,7 @@ def _require(token: str) -> Middleware:
 
 
 def _workspace(request: web.Request, kind: str, path: str = "") -> Workspace:
-    return request.app[_REGISTRY].workspace(request.match_info["id"], kind, path)
+    return request.app[_MANAGER].workspace(request.match_info["id"], kind, path)
 
 
 def _path(request: web.Request) -> str:
@@ -145,34 +138,34 @@ def _path(request: web.Request) -> str:
 
 
 async def _health(request: web.Request) -> web.Response:
-    registry = request.app[_REGISTRY]
-    backend = registry.backend
+    manager = request.app[_MANAGER]
+    backend = manager.backend
     return web.json_response(
         {
             "status": "ok",
             "backend": backend.name,
             "isolation": backend.isolation,
-            "sandboxes": len(registry.list()),
-            "waiting": len(registry.pool.waiting),
+            "sandboxes": len(manager.list()),
+            "waiting": len(manager.pool.waiting),
             **backend.health(),
         }
     )
 
 
 async def _metrics(request: web.Request) -> web.Response:
-    text = request.app[_REGISTRY].metrics.text()
+    text = request.app[_MANAGER].metrics.text()
     return web.Response(body=text, headers={"Content-Type": CONTENT_TYPE_LATEST})
 
 
 async def _usage(request: web.Request) -> web.Response:
-    return web.json_response({"usage": request.app[_REGISTRY].usage()})
+    return web.json_response({"usage": request.app[_MANAGER].usage()})
 
 
 async def _log(request: web.Request) -> web.Response:
     after = request.query.get("after", "0")
     if not after.isdecimal():
         raise SandboxRefused(f"after: {after!r} is not the number of an event.")
-    events = request.app[_REGISTRY].events(
+    events = request.app[_MANAGER].events(
         request.match_info["id"], after=int(after), limit=_MAX_EVENTS
     )
     return web.json_response({"events": [to_json(event) for event in events]})
@@ -180,28 +173,28 @@ async def _log(request: web.Request) -> web.Response:
 
 async def _create(request: web.Request) -> web.Response:
     spec = parse(SandboxSpec, await request.read() or b"{}")
-    info = await request.app[_REGISTRY].create(request.match_info["id"], spec)
+    info = await request.app[_MANAGER].create(request.match_info["id"], spec)
     return web.json_response(to_json(info), status=201)
 
 
 async def _list(request: web.Request) -> web.Response:
     return web.json_response(
-        {"sandboxes": [to_json(info) for info in request.app[_REGISTRY].list()]}
+        {"sandboxes": [to_json(info) for info in request.app[_MANAGER].list()]}
     )
 
 
 async def _show(request: web.Request) -> web.Response:
-    return web.json_response(to_json(request.app[_REGISTRY].info(request.match_info["id"])))
+    return web.json_response(to_json(request.app[_MANAGER].info(request.match_info["id"])))
 
 
 async def _close(request: web.Request) -> web.Response:
-    await request.app[_REGISTRY].close(request.match_info["id"])
+    await request.app[_MANAGER].close(request.match_info["id"])
     return web.json_response({})
 
 
 async def _exec(request: web.Request) -> web.StreamResponse:
     command = parse(ExecRequest, await request.read())
-    work = functools.partial(request.app[_REGISTRY].exec, request.match_info["id"], command)
+    work = functools.partial(request.app[_MANAGER].exec, request.match_info["id"], command)
     return await _result(request, work)
 
 
@@ -245,27 +238,27 @@ async def _result(
 
 async def _cancel(request: web.Request) -> web.Response:
     match = request.match_info
-    await request.app[_REGISTRY].cancel(match["id"], match["operation"])
+    await request.app[_MANAGER].cancel(match["id"], match["operation"])
     return web.json_response({})
 
 
 async def _open_session(request: web.Request) -> web.Response:
     match = request.match_info
     asked = parse(SessionRequest, await request.read() or b"{}")
-    await request.app[_REGISTRY].open_session(match["id"], match["name"], asked)
+    await request.app[_MANAGER].open_session(match["id"], match["name"], asked)
     return web.json_response({}, status=201)
 
 
 async def _run(request: web.Request) -> web.StreamResponse:
     match = request.match_info
     command = parse(RunRequest, await request.read())
-    work = functools.partial(request.app[_REGISTRY].run, match["id"], match["name"], command)
+    work = functools.partial(request.app[_MANAGER].run, match["id"], match["name"], command)
     return await _result(request, work)
 
 
 async def _close_session(request: web.Request) -> web.Response:
     match = request.match_info
-    await request.app[_REGISTRY].close_session(match["id"], match["name"])
+    await request.app[_MANAGER].close_session(match["id"], match["name"])
     return web.json_response({})
 
 

@@ -13,20 +13,17 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from sandbox.api import (
-    MB,
     ExecRequest,
     ExecResult,
-    Isolation,
-    Limits,
     RunRequest,
     SandboxInfo,
-    SandboxSpec,
     SessionRequest,
     SessionResult,
 )
 from sandbox.errors import SandboxError, SandboxGone, SandboxLost
 from sandbox.link import GRACE_S, Answer, Link, OnOutput
 from sandbox.output import text_of
+from sandbox.spec import MB, Isolation, Limits, SandboxSpec
 from sandbox.store import Store
 from sandbox.workspace import Workspace, split_path
 

@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
-from sandbox.api import MB, Limits
+from sandbox.spec import MB, Limits
 
 ROOT = Path("/sys/fs/cgroup")
 GROUP = "klong-sandbox"

@@ -7,8 +7,8 @@ import os
 import shutil
 from pathlib import Path
 
-from sandbox.api import MB, Limits
 from sandbox.errors import SandboxError, SandboxRefused
+from sandbox.spec import MB, Limits
 
 # Of each inode in the file system's tables.
 _INODE_BYTES = 256

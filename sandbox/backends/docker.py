@@ -24,7 +24,7 @@ from docker.errors import APIError, DockerException, ImageNotFound, NotFound
 from docker.types import LogConfig, Mount, Ulimit
 
 from sandbox import owner
-from sandbox.api import MB, Isolation, SandboxInfo
+from sandbox.api import SandboxInfo
 from sandbox.backends import disk, seccomp
 from sandbox.backends.base import (
     AGENT_DIR,
@@ -40,6 +40,7 @@ from sandbox.backends.base import (
 from sandbox.backends.bubblewrap import ENV, users
 from sandbox.backends.inheritance import inherit
 from sandbox.errors import SandboxError, SandboxGone, SandboxRefused, SandboxUnavailable
+from sandbox.spec import MB, Isolation
 from sandbox.store import Store
 from sandbox.workspace import remove_tree
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sandbox import owner
-from sandbox.api import MB, Isolation, Limits, SandboxInfo
+from sandbox.api import SandboxInfo
 from sandbox.backends import bubblewrap, cgroups, disk
 from sandbox.backends.base import (
     AGENT_DIR,
@@ -29,6 +29,7 @@ from sandbox.backends.base import (
 from sandbox.backends.inheritance import inherit
 from sandbox.backends.processes import Members, kill_all
 from sandbox.errors import SandboxRefused, SandboxUnavailable
+from sandbox.spec import MB, Isolation, Limits
 from sandbox.store import Store
 from sandbox.workspace import remove_tree
 

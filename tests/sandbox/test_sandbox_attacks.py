@@ -22,10 +22,10 @@ import hostile_outside
 import pytest
 from sandbox_helpers import make_backend, open_directory, require
 
-from sandbox.api import MB
 from sandbox.backends import seccomp
 from sandbox.client import Limits, SandboxClient, SandboxSpec
 from sandbox.service import embedded
+from sandbox.spec import MB
 
 README = Path(__file__).parents[2] / "sandbox/README.md"
 _BEGIN, _END = "<!-- attacks: written by tests/sandbox/test_sandbox_attacks.py -->", "<!-- end -->"

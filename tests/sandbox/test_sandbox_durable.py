@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import subprocess
 from pathlib import Path
 
@@ -38,7 +39,13 @@ def _containers(sandbox_id: str) -> list[str]:
 
 
 def _left(kind: str, state_dir: Path, sandbox_id: str) -> list[object]:
-    groups = Path("/sys/fs/cgroup").glob(f"**/klong-sandbox/{sandbox_id}")
+    # `os.walk` minds no group that goes while it looks, as those of other sandboxes do.
+    groups = [
+        f"{parent}/{name}"
+        for parent, names, _ in os.walk("/sys/fs/cgroup")
+        for name in names
+        if name == sandbox_id and parent.endswith("/klong-sandbox")
+    ]
     found: list[object] = [*state_dir.glob(f"*/*/{sandbox_id}"), *groups]
     return found + (list(_containers(sandbox_id)) if kind == "docker" else [])
 

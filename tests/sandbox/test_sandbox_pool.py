@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 from sandbox_helpers import make_backend, require, serving, sleepers, unique_sleep, wait_until
 
-from sandbox.api import ExecRequest, Limits, RunRequest, SandboxSpec, SessionRequest, new_id
+from sandbox.api import ExecRequest, RunRequest, SessionRequest
 from sandbox.backends import Backend
 from sandbox.client import SandboxClient, SandboxError
-from sandbox.registry import Registry
+from sandbox.manager import Manager
+from sandbox.spec import Limits, SandboxSpec, new_id
 
 
 @pytest.fixture(params=["local-bubblewrap", pytest.param("docker", marks=pytest.mark.docker)])
@@ -27,25 +28,25 @@ def backend(request: pytest.FixtureRequest, state_dir: Path) -> Iterator[Backend
 
 
 @asynccontextmanager
-async def _opened(backend: Backend, *, pool: int, idle_s: float = 60.0) -> AsyncIterator[Registry]:
-    registry = Registry(backend, pool=pool, pool_idle_s=idle_s)
-    await registry.start()
+async def _opened(backend: Backend, *, pool: int, idle_s: float = 60.0) -> AsyncIterator[Manager]:
+    manager = Manager(backend, pool=pool, pool_idle_s=idle_s)
+    await manager.start()
     try:
-        yield registry
+        yield manager
     finally:
-        await registry.close_all()
-        assert registry.pool.waiting == []
+        await manager.close_all()
+        assert manager.pool.waiting == []
         await backend.close()
 
 
-async def _settled(registry: Registry, waiting: int) -> None:
+async def _settled(manager: Manager, waiting: int) -> None:
     async with asyncio.timeout(20):
-        while len(registry.pool.waiting) != waiting:
+        while len(manager.pool.waiting) != waiting:
             await asyncio.sleep(0.01)
 
 
-def _sources(registry: Registry, sandbox_id: str) -> list[object]:
-    events = registry.events(sandbox_id, after=0, limit=10)
+def _sources(manager: Manager, sandbox_id: str) -> list[object]:
+    events = manager.events(sandbox_id, after=0, limit=10)
     return [event.facts["source"] for event in events if event.kind == "ready"]
 
 
@@ -54,21 +55,21 @@ def test_what_is_claimed_is_as_good_as_new(backend: Backend) -> None:
     first, second, other = (new_id() for _ in range(3))
 
     async def main() -> None:
-        async with _opened(backend, pool=1) as registry:
-            await registry.create(first, SandboxSpec(limits=small))
-            await _settled(registry, 1)
+        async with _opened(backend, pool=1) as manager:
+            await manager.create(first, SandboxSpec(limits=small))
+            await _settled(manager, 1)
             mine = SandboxSpec(limits=small, env={"A": "mine"}, labels={"task": "t"}, lifetime_s=50)
-            info = await registry.create(second, mine)
+            info = await manager.create(second, mine)
             assert info.id == second and info.spec == mine
             assert 49 < info.expires_at - info.created_at < 51
-            await registry.create(other, SandboxSpec())
-            sources = [_sources(registry, i) for i in (first, second, other)]
+            await manager.create(other, SandboxSpec())
+            sources = [_sources(manager, i) for i in (first, second, other)]
             assert sources == [["new"], ["pool"], ["new"]]
             too_much = "echo $A; ls -A; cat /dev/zero | tail -c1G"
-            told = await registry.exec(second, ExecRequest(too_much))
+            told = await manager.exec(second, ExecRequest(too_much))
             assert told.stdout == "mine\n" and told.exit_code != 0
-            await registry.close(second)
-            assert {info.id for info in registry.list()} == {first, other}
+            await manager.close(second)
+            assert {info.id for info in manager.list()} == {first, other}
 
     asyncio.run(main())
 
@@ -81,15 +82,15 @@ def local(state_dir: Path) -> Backend:
 
 def test_none_waits_for_ever_and_the_kinds_asked_for_last_share(local: Backend) -> None:
     async def main() -> None:
-        async with _opened(local, pool=2, idle_s=1.0) as registry:
+        async with _opened(local, pool=2, idle_s=1.0) as manager:
             kinds = [SandboxSpec(limits=Limits(memory_mb=100 + n)) for n in range(3)]
             for kind in kinds:
-                await registry.create(new_id(), kind)
-                await _settled(registry, 2)
-            waiting = sorted(box.info.spec.limits.memory_mb for box in registry.pool.waiting)
+                await manager.create(new_id(), kind)
+                await _settled(manager, 2)
+            waiting = sorted(box.info.spec.limits.memory_mb for box in manager.pool.waiting)
             assert waiting == [101, 102]
-            await _settled(registry, 0)
-            assert b'reaps_total{reason="idle"} 2.0' in registry.metrics.text()
+            await _settled(manager, 0)
+            assert b'reaps_total{reason="idle"} 2.0' in manager.metrics.text()
 
     asyncio.run(main())
 
@@ -97,17 +98,17 @@ def test_none_waits_for_ever_and_the_kinds_asked_for_last_share(local: Backend) 
 def test_one_that_died_while_it_waited_is_not_given(local: Backend) -> None:
     async def main() -> None:
         before, after = new_id(), new_id()
-        async with _opened(local, pool=1) as registry:
-            await registry.create(before, SandboxSpec())
-            await _settled(registry, 1)
-            dead = registry.pool.waiting[0]
+        async with _opened(local, pool=1) as manager:
+            await manager.create(before, SandboxSpec())
+            await _settled(manager, 1)
+            dead = manager.pool.waiting[0]
             assert dead.link.agent_pid is not None
             os.kill(dead.link.agent_pid, signal.SIGKILL)
             while not dead.link.is_lost:
                 await asyncio.sleep(0.01)
-            await registry.create(after, SandboxSpec())
-            assert _sources(registry, after) == ["new"]
-            assert (await registry.exec(after, ExecRequest("echo in"))).stdout == "in\n"
+            await manager.create(after, SandboxSpec())
+            assert _sources(manager, after) == ["new"]
+            assert (await manager.exec(after, ExecRequest("echo in"))).stdout == "in\n"
 
     asyncio.run(main())
 
@@ -115,19 +116,19 @@ def test_one_that_died_while_it_waited_is_not_given(local: Backend) -> None:
 def test_a_kind_that_cannot_be_made_is_given_up(local: Backend) -> None:
     async def main() -> None:
         before, after = new_id(), new_id()
-        async with _opened(local, pool=1) as registry:
-            await registry.create(before, SandboxSpec())
-            await _settled(registry, 1)
+        async with _opened(local, pool=1) as manager:
+            await manager.create(before, SandboxSpec())
+            await _settled(manager, 1)
             agent = local.agent  # type: ignore[attr-defined]
             agent.rename(agent.with_name("hidden"))
-            await registry.create(after, SandboxSpec())
-            assert _sources(registry, after) == ["pool"]
+            await manager.create(after, SandboxSpec())
+            assert _sources(manager, after) == ["pool"]
             with pytest.raises(SandboxError, match="does not start"):
-                await registry.create(new_id(), SandboxSpec())
+                await manager.create(new_id(), SandboxSpec())
             agent.with_name("hidden").rename(agent)
             await asyncio.sleep(0.1)
-            await registry.create(new_id(), SandboxSpec())
-            await _settled(registry, 1)
+            await manager.create(new_id(), SandboxSpec())
+            await _settled(manager, 1)
 
     asyncio.run(main())
 
@@ -174,15 +175,15 @@ def test_a_claimed_sandbox_ends_with_the_lifetime_it_was_claimed_for(
 
     async def main() -> None:
         before, after = new_id(), new_id()
-        async with _opened(local, pool=1) as registry:
-            await registry.create(before, SandboxSpec())
-            await _settled(registry, 1)
-            box = registry.pool.waiting[0]
-            await registry.create(after, SandboxSpec(lifetime_s=1))
+        async with _opened(local, pool=1) as manager:
+            await manager.create(before, SandboxSpec())
+            await _settled(manager, 1)
+            box = manager.pool.waiting[0]
+            await manager.create(after, SandboxSpec(lifetime_s=1))
             # The agent's own clock, without a service.
-            registry._entries[after].expiry.cancel()
-            await registry.open_session(after, "s", SessionRequest())
-            await registry.run(after, "s", RunRequest(f"sleep {argument} &"))
+            manager._entries[after].expiry.cancel()
+            await manager.open_session(after, "s", SessionRequest())
+            await manager.run(after, "s", RunRequest(f"sleep {argument} &"))
             assert await asyncio.to_thread(wait_until, lambda: bool(sleepers(argument)))
             gone = functools.partial(wait_until, timeout_s=15)
             assert await asyncio.to_thread(gone, lambda: not sleepers(argument))

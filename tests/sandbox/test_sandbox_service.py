@@ -14,7 +14,6 @@ import aiohttp
 import pytest
 from sandbox_helpers import BACKENDS, Service, in_box, require, sleepers, unique_sleep, wait_until
 
-from sandbox.api import new_id
 from sandbox.client import (
     Sandbox,
     SandboxClient,
@@ -25,6 +24,7 @@ from sandbox.client import (
     SandboxUnavailable,
 )
 from sandbox.service import embedded, serve
+from sandbox.spec import new_id
 
 ROOT = Path(__file__).parents[2]
 

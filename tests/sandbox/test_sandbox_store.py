@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from sandbox.api import SandboxInfo, SandboxSpec
+from sandbox.api import SandboxInfo
 from sandbox.errors import SandboxUnavailable
 from sandbox.owner import Record
+from sandbox.spec import SandboxSpec
 from sandbox.store import Store
 
 INFO = SandboxInfo("sb-00000000", "local", "bubblewrap", 1.0, 2.0, SandboxSpec(labels={"a": "b"}))

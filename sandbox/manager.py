@@ -17,10 +17,8 @@ from sandbox.api import (
     ExecResult,
     RunRequest,
     SandboxInfo,
-    SandboxSpec,
     SessionRequest,
     SessionResult,
-    check_id,
     check_session,
 )
 from sandbox.backends.base import Backend, Box
@@ -28,6 +26,7 @@ from sandbox.errors import SandboxError, SandboxGone, SandboxRefused, SandboxUna
 from sandbox.link import OnOutput
 from sandbox.metrics import Metrics
 from sandbox.pool import Pool
+from sandbox.spec import SandboxSpec, check_id
 from sandbox.usage import usage
 from sandbox.workspace import Workspace
 
@@ -59,7 +58,7 @@ class _Entry:
             self.idle.cancel()
 
 
-class Registry:
+class Manager:
     """Creates, finds and removes sandboxes on one event loop."""
 
     def __init__(self, backend: Backend, *, pool: int = 0, pool_idle_s: float = 600.0) -> None:
