@@ -5,11 +5,14 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterable, Sequence
+from subprocess import CalledProcessError
 from typing import Any
 
 from sandbox.api import Event, SandboxInfo
 from sandbox.client import SandboxClient
 from sandbox.doctor import findings
+from sandbox.egress.install import install
+from sandbox.errors import SandboxError
 
 TIMED_OUT = 124
 """Exit status of a command that was killed at its time limit, as of coreutils' `timeout`."""
@@ -67,6 +70,18 @@ async def remove(client: SandboxClient, sandbox_ids: Iterable[str]) -> None:
     for sandbox_id in sandbox_ids:
         await (await client.attach(sandbox_id)).close()
         print(sandbox_id)
+
+
+def install_egress() -> None:
+    """Installs the engine that lets sandboxes reach the network, and prints its interpreter.
+
+    Raises:
+        SandboxError: pip fails.
+    """
+    try:
+        print(install())
+    except (OSError, CalledProcessError) as error:
+        raise SandboxError(f"the egress engine cannot be installed: {error}.") from None
 
 
 def doctor(image: str) -> None:

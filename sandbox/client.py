@@ -28,6 +28,7 @@ from sandbox.api import (
     to_json,
 )
 from sandbox.errors import (
+    SandboxEgressDown,
     SandboxError,
     SandboxFileMissing,
     SandboxGone,
@@ -38,15 +39,17 @@ from sandbox.errors import (
     SandboxUnauthorised,
     SandboxUnavailable,
 )
-from sandbox.spec import Limits, SandboxSpec, new_id
+from sandbox.spec import Egress, Limits, SandboxSpec, new_id
 from sandbox.transport import OnOutput, Transport
 
 __all__ = [
+    "Egress",
     "Event",
     "ExecResult",
     "Limits",
     "Sandbox",
     "SandboxClient",
+    "SandboxEgressDown",
     "SandboxError",
     "SandboxFileMissing",
     "SandboxGone",

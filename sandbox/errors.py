@@ -70,6 +70,12 @@ class SandboxUnavailable(SandboxError):
     status = 503
 
 
+class SandboxEgressDown(SandboxUnavailable):
+    """The proxy through which sandboxes reach the network is not there now."""
+
+    kind = "egress_down"
+
+
 _CLASSES: tuple[type[SandboxError], ...] = (
     SandboxError,
     SandboxRefused,
@@ -80,5 +86,6 @@ _CLASSES: tuple[type[SandboxError], ...] = (
     SandboxLost,
     SandboxSessionEnded,
     SandboxUnavailable,
+    SandboxEgressDown,
 )
 BY_KIND: dict[str, type[SandboxError]] = {cls.kind: cls for cls in _CLASSES}

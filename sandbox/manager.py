@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Awaitable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 from sandbox.api import (
@@ -22,7 +23,15 @@ from sandbox.api import (
     check_session,
 )
 from sandbox.backends.base import Backend, Box
-from sandbox.errors import SandboxError, SandboxGone, SandboxRefused, SandboxUnavailable
+from sandbox.egress.proxy import EgressProxy
+from sandbox.egress.settings import EgressSettings
+from sandbox.errors import (
+    SandboxEgressDown,
+    SandboxError,
+    SandboxGone,
+    SandboxRefused,
+    SandboxUnavailable,
+)
 from sandbox.link import OnOutput
 from sandbox.metrics import Metrics
 from sandbox.pool import Pool
@@ -61,18 +70,33 @@ class _Entry:
 class Manager:
     """Creates, finds and removes sandboxes on one event loop."""
 
-    def __init__(self, backend: Backend, *, pool: int = 0, pool_idle_s: float = 600.0) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        *,
+        pool: int = 0,
+        pool_idle_s: float = 600.0,
+        egress: EgressSettings | None = None,
+    ) -> None:
         """Keeps the sandboxes of a backend; `start` starts it.
 
         Args:
             backend: Not started yet.
             pool: Sandboxes that are kept ready, of the kinds asked for last.
             pool_idle_s: Seconds that one is kept ready.
+            egress: How sandboxes are let out that ask for it.
         """
         self.backend = backend
         self.pool = Pool(backend, size=pool, idle_s=pool_idle_s, on_idle=self._reaped)
         self.metrics = Metrics(
             living=lambda: len(self._entries), waiting=lambda: len(self.pool.waiting)
+        )
+        self.egress = EgressProxy(
+            egress or EgressSettings(),
+            on_verdicts=lambda verdict, reason, number: self.metrics.verdicts.labels(
+                verdict, reason
+            ).inc(number),
+            on_event=lambda sandbox_id, facts: backend.store.log(sandbox_id, "egress", **facts),
         )
         self._entries: dict[str, _Entry] = {}
         self._closing: dict[str, asyncio.Task[None]] = {}
@@ -86,6 +110,17 @@ class Manager:
         for box in await self.backend.start():
             self._keep(box)
             self.backend.store.log(box.info.id, "adopt")
+            if box.info.spec.egress is not None:
+                try:
+                    await self._let_out(box)
+                except SandboxEgressDown as error:
+                    log.warning("sandbox %s: %s", box.info.id, error)
+
+    async def stop(self) -> None:
+        """Removes every sandbox, and what the service keeps beside them."""
+        await self.close_all()
+        await self.egress.close()
+        await self.backend.close()
 
     async def create(self, sandbox_id: str, spec: SandboxSpec) -> SandboxInfo:
         """Makes a sandbox that expires after the spec's lifetime.
@@ -109,6 +144,7 @@ class Manager:
             self._creating.discard(sandbox_id)
 
     async def _create(self, sandbox_id: str, spec: SandboxSpec) -> SandboxInfo:
+        await self._check_egress(spec)
         now = time.time()
         info = SandboxInfo(
             id=sandbox_id,
@@ -142,6 +178,8 @@ class Manager:
             source = "new" if box is None else "pool"
             if box is None:
                 box = await self.backend.create(info)
+            if info.spec.egress is not None:
+                await self._let_out(box)
         except (SandboxError, OSError) as error:
             note(info.id, "fail", error=str(error))
             raise
@@ -150,6 +188,37 @@ class Manager:
         note(info.id, "ready", source=source, seconds=round(seconds, 6))
         self.metrics.creations.labels(source).observe(seconds)
         return box
+
+    async def _check_egress(self, spec: SandboxSpec) -> None:
+        """Has the proxy ready before a sandbox is made that asks for it.
+
+        Raises:
+            SandboxRefused: the spec contradicts itself, or the backend could not hold to it.
+            SandboxEgressDown: there is no proxy.
+        """
+        if spec.egress is None:
+            return
+        if spec.network:
+            raise SandboxRefused("egress: means nothing beside network=True; choose one of them.")
+        if self.backend.isolation == "none":
+            raise SandboxRefused(
+                "egress: plain processes have the host's network; serve with isolation."
+            )
+        await self.egress.ready(self._egress_directory)
+
+    @property
+    def _egress_directory(self) -> Path:
+        return self.backend.store.directory / "egress"
+
+    async def _let_out(self, box: Box) -> None:
+        """Opens the way out of a sandbox; one that does not get it is removed."""
+        try:
+            await self.egress.ready(self._egress_directory)
+            await self.egress.attach(box)
+        except BaseException:
+            if box.info.id not in self._entries:
+                await asyncio.shield(box.close())
+            raise
 
     def _keep(self, box: Box) -> None:
         left_s = max(0.0, box.info.expires_at - time.time())
@@ -225,6 +294,9 @@ class Manager:
         note(sandbox_id, kind, **facts)
         began = time.monotonic()
         try:
+            if entry.info.spec.egress is not None:
+                # Without its proxy a command fails by no fault of its own.
+                await self.egress.ready(self._egress_directory)
             with self._use(entry):
                 result = await work
         except SandboxError as error:
@@ -356,6 +428,7 @@ class Manager:
 
     async def _close(self, entry: _Entry) -> None:
         try:
+            await self.egress.detach(entry.info.id)
             await entry.box.close()
         except (SandboxError, OSError):
             log.exception("sandbox %s could not be removed wholly", entry.info.id)

@@ -54,6 +54,12 @@ class Metrics:
             ["reason"],
             registry=registry,
         )
+        self.verdicts = Counter(
+            "klong_sandbox_egress_verdicts",
+            "Requests of sandboxes to the network, by verdict (allowed, refused) and reason.",
+            ["verdict", "reason"],
+            registry=registry,
+        )
         gauge = Gauge("klong_sandbox_living", "Sandboxes that callers have.", registry=registry)
         gauge.set_function(living)
         gauge = Gauge("klong_sandbox_waiting", "Sandboxes in the warm pool.", registry=registry)

@@ -14,6 +14,7 @@ from typing import Literal
 from aiohttp import web
 
 from sandbox.backends import Backend, BackendName, open_backend
+from sandbox.egress.settings import EgressSettings
 from sandbox.errors import SandboxRefused, SandboxUnavailable
 from sandbox.routes import create_app
 
@@ -29,6 +30,7 @@ async def running(
     token: str | None = None,
     pool: int = 0,
     pool_idle_s: float = 600.0,
+    egress: EgressSettings | None = None,
 ) -> AsyncIterator[str]:
     """Serves while the context is open; yields the base URL.
 
@@ -40,7 +42,7 @@ async def running(
         raise SandboxRefused(f"host {host} can be reached by others: set a token to serve there.")
     # A caller that goes away takes its command with it.
     runner = web.AppRunner(
-        create_app(backend, token=token, pool=pool, pool_idle_s=pool_idle_s),
+        create_app(backend, token=token, pool=pool, pool_idle_s=pool_idle_s, egress=egress),
         handler_cancellation=True,
         access_log=None,
         shutdown_timeout=5,
@@ -73,6 +75,7 @@ def serve(
     state_dir: Path | None = None,
     pool: int = 0,
     pool_idle_s: float = 600.0,
+    egress: EgressSettings | None = None,
     announce: Callable[[str], None] = print,
 ) -> None:
     """Serves until SIGINT or SIGTERM, then removes every sandbox.
@@ -90,6 +93,7 @@ def serve(
         state_dir: Where workspaces live; None is a directory in the temporary one.
         pool: Sandboxes that are kept ready, of the kinds asked for last.
         pool_idle_s: Seconds that one is kept ready.
+        egress: How sandboxes are let out that ask for it.
         announce: Called once with a sentence that holds the URL.
 
     Raises:
@@ -108,7 +112,13 @@ def serve(
             durable=True,
         )
         async with running(
-            chosen, host=host, port=port, token=token, pool=pool, pool_idle_s=pool_idle_s
+            chosen,
+            host=host,
+            port=port,
+            token=token,
+            pool=pool,
+            pool_idle_s=pool_idle_s,
+            egress=egress,
         ) as url:
             announce(f"sandbox service ({backend}, isolation {chosen.isolation}) at {url}")
             await stop.wait()
@@ -124,6 +134,7 @@ def embedded(
     token: str | None = None,
     state_dir: Path | None = None,
     pool: int = 0,
+    egress: EgressSettings | None = None,
 ) -> Iterator[str]:
     """Serves from a background thread of this process on a free loopback port.
 
@@ -133,6 +144,7 @@ def embedded(
         token: Bearer token to ask for.
         state_dir: Where workspaces live; None is a directory in the temporary one.
         pool: Sandboxes that are kept ready, of the kinds asked for last.
+        egress: How sandboxes are let out that ask for it.
 
     Yields:
         The base URL. Leaving the context removes every sandbox.
@@ -145,7 +157,7 @@ def embedded(
     thread.start()
     if isinstance(backend, str):
         backend = open_backend(backend, isolation=isolation, state_dir=state_dir)
-    context = running(backend, token=token, pool=pool)
+    context = running(backend, token=token, pool=pool, egress=egress)
     try:
         url = asyncio.run_coroutine_threadsafe(context.__aenter__(), loop).result()
         try:

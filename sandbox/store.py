@@ -58,6 +58,7 @@ class Store:
             SandboxUnavailable: it cannot be opened, or is not such a file.
         """
         self._kept, self._appended = kept, 0
+        self.directory = path.parent
         try:
             if str(path) != ":memory:":
                 _make_private(path)

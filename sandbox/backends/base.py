@@ -7,7 +7,7 @@ import compileall
 import math
 import os
 import shutil
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,6 +29,9 @@ from sandbox.workspace import Workspace, split_path
 
 # Where the agent's code and the service's socket are inside.
 AGENT_DIR, LINE_DIR = "/run/klong/agent", "/run/klong/line"
+
+# Where commands find the relay to the egress proxy, on the loopback of their sandbox.
+RELAY_PORT = 3128
 
 # The agent ends a sandbox that its service should have ended this long ago.
 _LATE_S = 2.0
@@ -59,6 +62,8 @@ class Box:
         """
         self.info, self.workspace, self.link = info, workspace, link
         self._close, self._root, self._prelude = close, root, prelude
+        # Variables of every command, below those of the spec.
+        self.env: Mapping[str, str] = {}
 
     async def exec(self, request: ExecRequest, on_output: OnOutput | None = None) -> ExecResult:
         """Runs one command; everything it started is dead when this returns or is cancelled."""
@@ -68,7 +73,7 @@ class Box:
         header = {
             "op": "exec",
             "argv": argv,
-            "env": {**self.info.spec.env, **request.env},
+            "env": {**self.env, **self.info.spec.env, **request.env},
             "cwd": self._cwd(request.cwd),
             "timeout": request.timeout_s,
             "keep": request.output_bytes or self.info.spec.limits.output_bytes,
@@ -82,7 +87,7 @@ class Box:
         header = {
             "op": "open",
             "session": name,
-            "env": {**self.info.spec.env, **request.env},
+            "env": {**self.env, **self.info.spec.env, **request.env},
             "cwd": self._cwd(request.cwd),
             "prelude": self._prelude,
             "keep": self.info.spec.limits.output_bytes,
@@ -209,7 +214,8 @@ def agent_arguments(
         durable: Whether it outlives its service.
     """
     lifetime_s = info.spec.lifetime_s + _LATE_S
-    return [*python, line, repr(lifetime_s), repr(lifetime_s if durable else 0.0)]
+    relay = [str(RELAY_PORT)] if info.spec.egress is not None else []
+    return [*python, line, repr(lifetime_s), repr(lifetime_s if durable else 0.0), *relay]
 
 
 def open_link(directory: Path, spec: SandboxSpec, owner: int | None) -> Link:

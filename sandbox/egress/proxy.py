@@ -1,0 +1,240 @@
+"""The engine's life, as the service sees it: one process for all sandboxes, started when asked for.
+
+An engine that dies is started again, and opens again what it had. Orders are objects of JSON, a
+line each: `{"do": "open", "sandbox", "line", "owner", "policy"}` and `{"do": "close", "sandbox"}`,
+with a `number` that the answer, `{"done": number}`, repeats. The engine also tells of its verdicts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+from asyncio.subprocess import PIPE, Process
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from sandbox.backends.base import LINE_DIR, Box
+from sandbox.egress import engine_path, install
+from sandbox.egress.settings import CERTIFICATE, EgressSettings
+from sandbox.errors import SandboxEgressDown
+
+log = logging.getLogger("sandbox")
+
+_START_S, _ORDER_S = 60.0, 10.0
+# After a death; and after a start that failed.
+_AGAIN_S, _LATER_S = 0.1, 10.0
+_MAX_LINE = 1 << 24
+
+
+class EgressProxy:
+    """The way out of a service's sandboxes."""
+
+    def __init__(
+        self,
+        settings: EgressSettings,
+        *,
+        on_verdicts: Callable[[str, str, int], None],
+        on_event: Callable[[str, dict[str, Any]], None],
+    ) -> None:
+        """Prepares it; nothing runs before a sandbox asks.
+
+        Args:
+            settings: The operator's.
+            on_verdicts: Hears verdict, reason and how many more of them.
+            on_event: Hears of single requests, by sandbox.
+        """
+        self._settings, self._on_verdicts, self._on_event = settings, on_verdicts, on_event
+        self._boxes: dict[str, Box] = {}
+        self._engine: Process | None = None
+        self._certificate = ""
+        self._numbers = 0
+        self._answers: dict[int, asyncio.Future[dict[str, Any]]] = {}
+        self._starting = asyncio.Lock()
+        self._listening: asyncio.Task[None] | None = None
+        self._reviving: asyncio.Task[None] | None = None
+        self._shut = False
+
+    def health(self) -> str:
+        """Whether egress can be had, and if not why."""
+        if self._engine is not None:
+            return "runs"
+        problem = self._problem()
+        return "starts when asked for" if problem is None else f"none: {problem}"
+
+    def _problem(self) -> str | None:
+        if self._settings.python is None and not install.is_complete():
+            return f"mitmproxy is not installed; {install.REMEDY}"
+        if self._settings.python is not None and not os.access(self._settings.python, os.X_OK):
+            return f"{self._settings.python} is no interpreter; set another python in its settings"
+        return None
+
+    async def ready(self, directory: Path) -> None:
+        """Starts the engine if none runs.
+
+        Args:
+            directory: Where its authority and its audit are.
+
+        Raises:
+            SandboxEgressDown: it does not start.
+        """
+        self._directory = directory
+        if self._engine is None:
+            async with self._starting:
+                if self._engine is None:
+                    await self._start(directory)
+
+    async def attach(self, box: Box) -> None:
+        """Lets a sandbox out, and tells its commands how.
+
+        Raises:
+            SandboxEgressDown: the engine does not do it.
+        """
+        egress = box.info.spec.egress
+        assert egress is not None
+        certificate = box.link.directory / CERTIFICATE
+        certificate.write_text(self._certificate)
+        certificate.chmod(0o644)
+        box.env = self._settings.environment(egress, LINE_DIR)
+        self._boxes[box.info.id] = box
+        await self._open(box)
+
+    async def detach(self, sandbox_id: str) -> None:
+        """Ends what a sandbox has outside; one that has nothing is no error."""
+        if self._boxes.pop(sandbox_id, None) is not None and self._engine is not None:
+            with contextlib.suppress(SandboxEgressDown):
+                await self._order({"do": "close", "sandbox": sandbox_id})
+
+    async def close(self) -> None:
+        """Ends the engine."""
+        self._shut = True
+        if self._reviving is not None:
+            self._reviving.cancel()
+            await asyncio.wait([self._reviving])
+        if self._engine is not None:
+            engine, listening = self._engine, self._listening
+            assert engine.stdin is not None and listening is not None
+            engine.stdin.close()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_ORDER_S):
+                    await engine.wait()
+            if engine.returncode is None:
+                engine.kill()
+            await listening
+
+    async def _start(self, directory: Path) -> None:
+        problem = self._problem()
+        if problem is None and self._shut:
+            problem = "the service is shutting down"
+        if problem is not None:
+            raise SandboxEgressDown(f"egress: {problem}.")
+        directory.mkdir(mode=0o700, exist_ok=True)
+        said = directory / "engine.log"
+        python = self._settings.python or install.python()
+        try:
+            with open(said, "wb") as file:
+                engine = await asyncio.create_subprocess_exec(
+                    str(python),
+                    "-I",
+                    str(engine_path()),
+                    json.dumps(self._settings.for_engine(directory)),
+                    stdin=PIPE,
+                    stdout=PIPE,
+                    stderr=file,
+                    limit=_MAX_LINE,
+                    env={"PATH": os.defpath, "HOME": str(directory)},
+                    start_new_session=True,
+                )
+        except OSError as error:
+            raise SandboxEgressDown(f"egress: {python} cannot be run: {error.strerror}.") from None
+        assert engine.stdout is not None
+        try:
+            async with asyncio.timeout(_START_S):
+                hello = json.loads(await engine.stdout.readline() or b"{}")
+        except TimeoutError:
+            hello = {}
+        except BaseException:
+            engine.kill()
+            raise
+        if "ready" not in hello:
+            with contextlib.suppress(ProcessLookupError):
+                engine.kill()
+            await engine.wait()
+            last = said.read_text(errors="replace").strip().splitlines()[-1:]
+            raise SandboxEgressDown(f"egress: the engine does not start. {' '.join(last)}".strip())
+        self._engine, self._certificate = engine, hello["certificate"]
+        log.info("egress engine runs (%s)", hello["ready"])
+        self._listening = asyncio.get_running_loop().create_task(self._listen(engine))
+        for box in list(self._boxes.values()):
+            try:
+                await self._open(box)
+            except SandboxEgressDown as error:
+                log.warning("sandbox %s: %s", box.info.id, error)
+
+    async def _open(self, box: Box) -> None:
+        assert box.info.spec.egress is not None
+        await self._order(
+            {
+                "do": "open",
+                "sandbox": box.info.id,
+                "line": str(box.link.directory),
+                "owner": box.link.owner,
+                "policy": dataclasses.asdict(box.info.spec.egress),
+            }
+        )
+
+    async def _order(self, order: dict[str, Any]) -> None:
+        engine = self._engine
+        if engine is None or engine.stdin is None:
+            raise SandboxEgressDown("egress: the engine has just ended; it starts again.")
+        self._numbers += 1
+        number = self._numbers
+        future = asyncio.get_running_loop().create_future()
+        self._answers[number] = future
+        try:
+            engine.stdin.write(json.dumps({**order, "number": number}).encode() + b"\n")
+            async with asyncio.timeout(_ORDER_S):
+                await engine.stdin.drain()
+                answer = await future
+        except (ConnectionError, TimeoutError):
+            raise SandboxEgressDown("egress: the engine does not answer.") from None
+        finally:
+            del self._answers[number]
+        if "error" in answer:
+            raise SandboxEgressDown(f"egress: the engine fails: {answer['error']}.")
+
+    async def _listen(self, engine: Process) -> None:
+        """Hears an engine to its end."""
+        assert engine.stdout is not None
+        while line := await engine.stdout.readline():
+            news = json.loads(line)
+            for verdict, reason, number in news.get("counts", ()):
+                self._on_verdicts(verdict, reason, number)
+            for event in news.get("events", ()):
+                self._on_event(event.pop("sandbox"), event)
+            future = self._answers.get(news.get("done", 0))
+            if future is not None and not future.done():
+                future.set_result(news)
+        self._engine = None
+        status = await engine.wait()
+        for future in self._answers.values():
+            if not future.done():
+                future.set_exception(ConnectionResetError())
+        if not self._shut:
+            log.warning("the egress engine has ended (status %d); it starts again", status)
+            self._reviving = asyncio.get_running_loop().create_task(self._revive())
+
+    async def _revive(self) -> None:
+        pause_s = _AGAIN_S
+        while self._boxes:
+            await asyncio.sleep(pause_s)
+            try:
+                await self.ready(self._directory)
+                return
+            except SandboxEgressDown as error:
+                log.warning("%s", error)
+                pause_s = _LATER_S
