@@ -2,9 +2,9 @@
 
     command --> relay in the sandbox --> socket of the sandbox --> engine (mitmproxy) --> a host
 
-`urls`, `blocks`, `packages`, `policy` judge, and are of the standard library alone, for the engine
-is a process with a Python environment of its own. `engine`, `addon`, `audit` are that process;
-`proxy` and `settings` are the service's side, `install` makes the environment.
+`urls`, `blocks`, `packages`, `policy` judge, and are of the standard library alone, as `lookup` is,
+for the engine is a process with a Python environment of its own: `engine`, `connection`, `gate`,
+`audit`. `proxy` and `settings` are the service's side; `install` makes the environment.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-from sandbox.egress.urls import BadUrl, host_of, readings
+from sandbox.egress.urls import BadUrl, host_of, readings, resolved
 
 # Where else GitHub and others serve a repository ({p}: owner/name). What can fetch any repository
 # by a number or a query goes as a whole.
@@ -63,7 +63,7 @@ def prefix_of(text: str) -> Prefix:
         raise BadUrl(f"{text[:100]!r} is no URL") from None
     if url.scheme not in ("http", "https") or extra:
         raise BadUrl(f"{text[:100]!r}: write it as https://HOST/PATH, without user, port and query")
-    path = readings(url.path or "/")[-1][0].rstrip("/")
+    path = resolved(readings(url.path or "/")[-1][0]).rstrip("/")
     return Prefix(host_of(url.netloc).removeprefix("www."), path)
 
 

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import socket
-from collections.abc import Mapping
 
 from mitmproxy import http, tls
 from mitmproxy.proxy.server_hooks import ServerConnectionHookData
 
 from sandbox.egress.audit import Audit
 from sandbox.egress.connection import Connection
-from sandbox.egress.policy import PORTS, STRIPPED, Request, Verdict, is_public
+from sandbox.egress.lookup import Hosts, PrivateAddress, look_up
+from sandbox.egress.policy import PORTS, STRIPPED, Request, Verdict
 
 _LOOKUP_S = 10.0
-
-Hosts = Mapping[str, tuple[str, int | None]]
 
 
 class Gate:
@@ -103,10 +100,10 @@ class Gate:
         verdict = None
         try:
             async with connection.box.lookups, asyncio.timeout(_LOOKUP_S):
-                address = await self._lookup(name, port)
-            if address is None:
-                sentence = f"{name} leads to an address that is not on the internet."
-                verdict = Verdict(False, "private_address", sentence)
+                address = await look_up(name, port, self._hosts)
+        except PrivateAddress:
+            sentence = f"{name} leads to an address that is not on the internet."
+            verdict = Verdict(False, "private_address", sentence)
         except (OSError, TimeoutError, UnicodeError):
             verdict = Verdict(False, "unresolved", f"{name} cannot be looked up.")
         if verdict is not None:
@@ -124,17 +121,6 @@ class Gate:
         # mitmproxy's own assignment refuses, for it takes the address for the one dialled.
         object.__setattr__(data.server, "address", connection.wanted.pop(data.server.id))
         connection.guard(data.server)
-
-    async def _lookup(self, name: str, port: int) -> tuple[str, int] | None:
-        """Where a name leads; None where that is not public."""
-        if name in self._hosts:
-            address, other = self._hosts[name]
-            return address, other or port
-        loop = asyncio.get_running_loop()
-        found = await loop.getaddrinfo(name, port, type=socket.SOCK_STREAM)
-        # IPv4 first: many hosts have no route for the other.
-        addresses = [str(to[0]) for *_, to in sorted(found, key=lambda info: info[0])]
-        return (addresses[0], port) if all(map(is_public, addresses)) else None
 
     def _refuse(
         self, connection: Connection, flow: http.HTTPFlow, verdict: Verdict, url: str

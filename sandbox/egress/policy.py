@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -156,21 +155,6 @@ class Policy:
 
     def _allows(self, host: str) -> bool:
         return self._all or host in self._hosts or host.endswith(self._domains)
-
-
-def is_public(address: str) -> bool:
-    """Whether an IP address is one of the internet's: no host, no neighbour, no metadata."""
-    ip = ipaddress.ip_address(address)
-    if isinstance(ip, ipaddress.IPv6Address):
-        inner = ip.ipv4_mapped or ip.sixtofour or (ip.teredo and ip.teredo[1])
-        if ip in _NAT64:
-            inner = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
-        if inner and not inner.is_global:
-            return False
-    return ip.is_global and not ip.is_multicast
-
-
-_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 
 
 def _address(host: str) -> Verdict:

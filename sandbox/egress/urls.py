@@ -77,7 +77,7 @@ def readings(target: str) -> list[tuple[str, str]]:
         bare = _slashes(re.sub(r";[^/]*", "", folded))
         for one in (folded, bare):
             found[one, _fold(query)] = None
-            found[_resolved(one), _fold(query)] = None
+            found[resolved(one), _fold(query)] = None
         try:
             decoded = unquote(path, errors="strict"), unquote(query, errors="replace")
         except UnicodeDecodeError:
@@ -96,7 +96,8 @@ def _slashes(path: str) -> str:
     return re.sub(r"[/\\]+", "/", path)
 
 
-def _resolved(path: str) -> str:
+def resolved(path: str) -> str:
+    """A path without `.` and `..`."""
     parts: list[str] = []
     for part in path.split("/")[1:]:
         if part == "..":

@@ -264,7 +264,10 @@ class CorporaConfig(Section):
 
 
 class SandboxConfig(Section):
-    """Sandboxes. Words before settings: serve, ps, exec ID COMMAND, logs ID, rm ID ..., doctor."""
+    """Sandboxes.
+
+    Words before settings: serve, ps, exec ID COMMAND, logs ID, rm ID ..., doctor, install-egress.
+    """
 
     backend: Literal["local", "docker"]
     """What sandboxes are made of."""
@@ -282,6 +285,8 @@ class SandboxConfig(Section):
     """Sandboxes kept ready, of the kinds asked for last; 0 makes each when it is asked for."""
     pool_idle_s: float = Field(gt=0)
     """Seconds that one is kept ready."""
+    egress: Path | None
+    """File of JSON that says how sandboxes are let out; null is by public indexes and DNS."""
     url: str | None
     """Of ps, exec, logs and rm: the service to ask; null is the one at host and port."""
     timeout_s: float = Field(gt=0)
