@@ -130,5 +130,7 @@ class Connection(server.LiveConnectionHandler):
         transport = self.transports[connection]
         self.outgoing[connection.id] = transport.reader = Reader(transport.reader)
 
-    def log(self, *_args: Any, **_kwargs: Any) -> None:
-        """Says nothing: what matters is in the audit."""
+    def log(self, message: str, level: int = logging.INFO, exc_info: Any = None) -> None:
+        """Says what is wrong with the engine itself; what a sandbox does is in the audit."""
+        if level >= logging.ERROR:
+            log.log(level, "sandbox %s: %s", self.box.name, message, exc_info=exc_info)

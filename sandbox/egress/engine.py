@@ -1,16 +1,21 @@
 """The process that lets sandboxes out: `python -I engine.py SETTINGS`, with mitmproxy's Python.
 
-It takes orders from its standard input and answers on its standard output, an object of JSON a
-line, and ends with its input, so with the service. See `sandbox.egress.proxy` for them.
+It takes orders from its standard input, a Unix socket, and answers on its standard output, an
+object of JSON a line, and ends with its input, so with the service. See `sandbox.egress.proxy`.
 """
 
 from __future__ import annotations
 
 import asyncio
+import codecs
 import contextlib
 import fcntl
 import json
 import logging
+import os
+import resource
+import shutil
+import socket
 import sys
 import types
 from pathlib import Path
@@ -23,6 +28,7 @@ if __name__ == "__main__":
     package.__path__ = [str(Path(__file__).parents[1])]
     sys.modules["sandbox"] = package
 
+import certifi
 from mitmproxy import master, options, version
 from mitmproxy.addons import core, disable_h2c, next_layer, proxyserver, tlsconfig
 
@@ -30,9 +36,10 @@ from sandbox.egress.audit import Audit
 from sandbox.egress.connection import Box, Connection
 from sandbox.egress.gate import Gate
 from sandbox.egress.policy import Policy, Verdict
-from sandbox.link import listen
 
-SOCKET = "egress.sock"
+# What Python imports only when text is in it.
+_ENCODINGS = ("ascii", "idna", "latin-1", "punycode", "utf-8")
+
 # Connections that one sandbox may have at once.
 _MAX_CONNECTIONS = 96
 _BUSY = b"HTTP/1.1 503 Busy\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
@@ -45,9 +52,13 @@ class Engine:
         """Prepares mitmproxy.
 
         Args:
-            settings: `directory`, `hosts`, `pypi`, `npm`, `trusted` (a file of certificates).
+            settings: `directory`, `hosts`, `pypi`, `npm`, `user` (to become, or None), `trusted` (a
+                file of certificates).
         """
         directory = Path(settings["directory"])
+        if settings["trusted"] is None:
+            settings["trusted"] = str(directory / "trusted.pem")
+            shutil.copyfile(certifi.where(), directory / "trusted.pem")
         self._settings = settings
         self._options = options.Options()
         self._master = master.Master(self._options)
@@ -82,12 +93,11 @@ class Engine:
         self._servers: dict[str, tuple[asyncio.Server, Box]] = {}
         self.certificate: bytes = certificates.certstore.default_ca.to_pem()
 
-    async def open(self, order: dict[str, Any]) -> None:
-        """Lets a sandbox out by a socket in its directory, until it is closed."""
+    async def open(self, order: dict[str, Any], listener: socket.socket) -> None:
+        """Lets a sandbox out by a socket, until it is closed."""
         await self.close(order)
         policy = Policy(order["policy"], pypi=self._settings["pypi"], npm=self._settings["npm"])
         box = Box(order["sandbox"], policy)
-        listener = listen(Path(order["line"]), SOCKET, order["owner"])
         server = await asyncio.start_unix_server(
             lambda reader, writer: self._serve(box, reader, writer), sock=listener
         )
@@ -128,18 +138,71 @@ def tell(news: dict[str, Any]) -> None:
     print(json.dumps(news), flush=True)
 
 
+class Orders:
+    """Lines from the service, each with the descriptor that came with it, if one did."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        """Reads a connected socket."""
+        self._socket, self._data = sock, b""
+        self._lines: asyncio.Queue[bytes | None] = asyncio.Queue()
+        self._fds: list[int] = []
+        sock.setblocking(False)
+        asyncio.get_running_loop().add_reader(sock.fileno(), self._read)
+
+    async def next(self) -> dict[str, Any] | None:
+        """The next order; None at the end."""
+        line = await self._lines.get()
+        return None if line is None else json.loads(line)
+
+    def listener(self) -> socket.socket:
+        """The socket that came with the order to open a sandbox."""
+        return socket.socket(fileno=self._fds.pop(0))
+
+    def _read(self) -> None:
+        try:
+            data, fds, _, _ = socket.recv_fds(self._socket, 1 << 16, 16)
+        except BlockingIOError:
+            return
+        except OSError:
+            data, fds = b"", []
+        self._fds += fds
+        *lines, self._data = (self._data + data).split(b"\n")
+        for line in lines:
+            self._lines.put_nowait(line)
+        if not data:
+            asyncio.get_running_loop().remove_reader(self._socket.fileno())
+            self._lines.put_nowait(None)
+
+
+def _become(user: int) -> None:
+    """Gives up root for a user that owns nothing: what is parsed here is hostile.
+
+    It may not be able to read the environment's modules, so all must have been imported.
+    """
+    for name in _ENCODINGS:
+        codecs.lookup(name)
+    os.setgroups([])
+    os.setresgid(user, user, user)
+    os.setresuid(user, user, user)
+
+
 async def main(settings: dict[str, Any]) -> None:
     """Serves until the input ends."""
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
     engine = Engine(settings)
-    orders = asyncio.StreamReader(limit=1 << 24)
-    loop = asyncio.get_running_loop()
-    await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(orders), sys.stdin)
+    if settings["user"] is not None:
+        os.chown(Path(settings["directory"], "audit"), settings["user"], settings["user"])
+        _become(settings["user"])
+    orders = Orders(socket.socket(fileno=sys.stdin.fileno()))
     version_of = f"mitmproxy {version.VERSION}"
     tell({"ready": version_of, "certificate": engine.certificate.decode()})
-    while line := await orders.readline():
-        order = json.loads(line)
+    while (order := await orders.next()) is not None:
         try:
-            await (engine.open if order["do"] == "open" else engine.close)(order)
+            if order["do"] == "open":
+                await engine.open(order, orders.listener())
+            else:
+                await engine.close(order)
             tell({"done": order["number"]})
         except (OSError, ValueError) as error:
             tell({"done": order["number"], "error": str(error)})

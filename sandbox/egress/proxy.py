@@ -1,8 +1,10 @@
 """The engine's life, as the service sees it: one process for all sandboxes, started when asked for.
 
 An engine that dies is started again, and opens again what it had. Orders are objects of JSON, a
-line each: `{"do": "open", "sandbox", "line", "owner", "policy"}` and `{"do": "close", "sandbox"}`,
-with a `number` that the answer, `{"done": number}`, repeats. The engine also tells of its verdicts.
+line each: `{"do": "open", "sandbox", "policy"}`, which comes with the socket that it is to serve,
+and `{"do": "close", "sandbox"}`, with a `number` that the answer, `{"done": number}`, repeats. The
+engine also tells of its verdicts. The sockets stay open here, so that connections made while an
+engine starts wait for it.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import dataclasses
 import json
 import logging
 import os
+import socket
 from asyncio.subprocess import PIPE, Process
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +25,7 @@ from sandbox.backends.base import LINE_DIR, Box
 from sandbox.egress import engine_path, install
 from sandbox.egress.settings import CERTIFICATE, EgressSettings
 from sandbox.errors import SandboxEgressDown
+from sandbox.link import listen
 
 log = logging.getLogger("sandbox")
 
@@ -29,6 +33,7 @@ _START_S, _ORDER_S = 60.0, 10.0
 # After a death; and after a start that failed.
 _AGAIN_S, _LATER_S = 0.1, 10.0
 _MAX_LINE = 1 << 24
+_SOCKET = "egress.sock"
 
 
 class EgressProxy:
@@ -49,7 +54,9 @@ class EgressProxy:
             on_event: Hears of single requests, by sandbox.
         """
         self._settings, self._on_verdicts, self._on_event = settings, on_verdicts, on_event
-        self._boxes: dict[str, Box] = {}
+        self._boxes: dict[str, tuple[Box, socket.socket]] = {}
+        self._orders: socket.socket | None = None
+        self._sending = asyncio.Lock()
         self._engine: Process | None = None
         self._certificate = ""
         self._numbers = 0
@@ -100,12 +107,15 @@ class EgressProxy:
         certificate.write_text(self._certificate)
         certificate.chmod(0o644)
         box.env = self._settings.environment(egress, LINE_DIR)
-        self._boxes[box.info.id] = box
-        await self._open(box)
+        listener = listen(box.link.directory, _SOCKET, box.link.owner)
+        self._boxes[box.info.id] = box, listener
+        await self._open(box, listener)
 
     async def detach(self, sandbox_id: str) -> None:
         """Ends what a sandbox has outside; one that has nothing is no error."""
-        if self._boxes.pop(sandbox_id, None) is not None and self._engine is not None:
+        _, listener = self._boxes.pop(sandbox_id, (None, None))
+        if listener is not None:
+            listener.close()
             with contextlib.suppress(SandboxEgressDown):
                 await self._order({"do": "close", "sandbox": sandbox_id})
 
@@ -117,8 +127,8 @@ class EgressProxy:
             await asyncio.wait([self._reviving])
         if self._engine is not None:
             engine, listening = self._engine, self._listening
-            assert engine.stdin is not None and listening is not None
-            engine.stdin.close()
+            assert self._orders is not None and listening is not None
+            self._orders.close()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_ORDER_S):
                     await engine.wait()
@@ -132,17 +142,19 @@ class EgressProxy:
             problem = "the service is shutting down"
         if problem is not None:
             raise SandboxEgressDown(f"egress: {problem}.")
-        directory.mkdir(mode=0o700, exist_ok=True)
+        directory.mkdir(mode=0o711, exist_ok=True)
         said = directory / "engine.log"
         python = self._settings.python or install.python()
+        orders, theirs = socket.socketpair()
+        orders.setblocking(False)
         try:
-            with open(said, "wb") as file:
+            with theirs, open(said, "wb") as file:
                 engine = await asyncio.create_subprocess_exec(
                     str(python),
                     "-I",
                     str(engine_path()),
                     json.dumps(self._settings.for_engine(directory)),
-                    stdin=PIPE,
+                    stdin=theirs.fileno(),
                     stdout=PIPE,
                     stderr=file,
                     limit=_MAX_LINE,
@@ -150,6 +162,7 @@ class EgressProxy:
                     start_new_session=True,
                 )
         except OSError as error:
+            orders.close()
             raise SandboxEgressDown(f"egress: {python} cannot be run: {error.strerror}.") from None
         assert engine.stdout is not None
         try:
@@ -158,56 +171,52 @@ class EgressProxy:
         except TimeoutError:
             hello = {}
         except BaseException:
+            orders.close()
             engine.kill()
             raise
         if "ready" not in hello:
+            orders.close()
             with contextlib.suppress(ProcessLookupError):
                 engine.kill()
             await engine.wait()
             last = said.read_text(errors="replace").strip().splitlines()[-1:]
             raise SandboxEgressDown(f"egress: the engine does not start. {' '.join(last)}".strip())
-        self._engine, self._certificate = engine, hello["certificate"]
+        self._engine, self._orders, self._certificate = engine, orders, hello["certificate"]
         log.info("egress engine runs (%s)", hello["ready"])
-        self._listening = asyncio.get_running_loop().create_task(self._listen(engine))
-        for box in list(self._boxes.values()):
+        self._listening = asyncio.get_running_loop().create_task(self._listen(engine, orders))
+        for box, listener in list(self._boxes.values()):
             try:
-                await self._open(box)
+                await self._open(box, listener)
             except SandboxEgressDown as error:
                 log.warning("sandbox %s: %s", box.info.id, error)
 
-    async def _open(self, box: Box) -> None:
+    async def _open(self, box: Box, listener: socket.socket) -> None:
         assert box.info.spec.egress is not None
-        await self._order(
-            {
-                "do": "open",
-                "sandbox": box.info.id,
-                "line": str(box.link.directory),
-                "owner": box.link.owner,
-                "policy": dataclasses.asdict(box.info.spec.egress),
-            }
-        )
+        policy = dataclasses.asdict(box.info.spec.egress)
+        await self._order({"do": "open", "sandbox": box.info.id, "policy": policy}, listener)
 
-    async def _order(self, order: dict[str, Any]) -> None:
-        engine = self._engine
-        if engine is None or engine.stdin is None:
+    async def _order(self, order: dict[str, Any], listener: socket.socket | None = None) -> None:
+        orders = self._orders
+        if orders is None:
             raise SandboxEgressDown("egress: the engine has just ended; it starts again.")
         self._numbers += 1
         number = self._numbers
         future = asyncio.get_running_loop().create_future()
         self._answers[number] = future
         try:
-            engine.stdin.write(json.dumps({**order, "number": number}).encode() + b"\n")
+            line = json.dumps({**order, "number": number}).encode() + b"\n"
             async with asyncio.timeout(_ORDER_S):
-                await engine.stdin.drain()
+                async with self._sending:
+                    await _send(orders, line, listener)
                 answer = await future
-        except (ConnectionError, TimeoutError):
+        except (OSError, TimeoutError):
             raise SandboxEgressDown("egress: the engine does not answer.") from None
         finally:
             del self._answers[number]
         if "error" in answer:
             raise SandboxEgressDown(f"egress: the engine fails: {answer['error']}.")
 
-    async def _listen(self, engine: Process) -> None:
+    async def _listen(self, engine: Process, orders: socket.socket) -> None:
         """Hears an engine to its end."""
         assert engine.stdout is not None
         while line := await engine.stdout.readline():
@@ -219,7 +228,8 @@ class EgressProxy:
             future = self._answers.get(news.get("done", 0))
             if future is not None and not future.done():
                 future.set_result(news)
-        self._engine = None
+        self._engine = self._orders = None
+        orders.close()
         status = await engine.wait()
         for future in self._answers.values():
             if not future.done():
@@ -238,3 +248,14 @@ class EgressProxy:
             except SandboxEgressDown as error:
                 log.warning("%s", error)
                 pause_s = _LATER_S
+
+
+async def _send(sock: socket.socket, line: bytes, passed: socket.socket | None) -> None:
+    """Sends a line, with a socket."""
+    loop, sent = asyncio.get_running_loop(), 0
+    while passed is not None and sent == 0:
+        try:
+            sent = socket.send_fds(sock, [line], [passed.fileno()])
+        except BlockingIOError:
+            await asyncio.sleep(0.01)
+    await loop.sock_sendall(sock, line[sent:])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from sandbox.backends.base import RELAY_PORT
 from sandbox.egress.packages import NPM, PYPI
 from sandbox.egress.urls import split_authority
 from sandbox.errors import SandboxRefused
+from sandbox.owner import ENGINE_UID
 from sandbox.spec import STRICT, Egress
 
 CERTIFICATE = "ca.pem"
@@ -68,12 +70,17 @@ class EgressSettings:
         """
         usual = (ssl.get_default_verify_paths().cafile, _DEBIAN_AUTHORITIES)
         trusted = self.trusted or next((f for f in usual if f and os.path.exists(f)), None)
+        if trusted is not None:
+            # Where the engine's user can read it.
+            shutil.copyfile(trusted, directory / "trusted.pem")
+            (directory / "trusted.pem").chmod(0o644)
         return {
             "directory": str(directory),
             "hosts": {name.lower(): split_authority(to) for name, to in self.hosts.items()},
             "pypi": self.pypi,
             "npm": self.npm,
-            "trusted": None if trusted is None else str(trusted),
+            "trusted": None if trusted is None else str(directory / "trusted.pem"),
+            "user": ENGINE_UID if os.geteuid() == 0 else None,
         }
 
     def environment(self, egress: Egress, line: str) -> dict[str, str]:

@@ -69,7 +69,7 @@ def test_packages_are_installed_counted_and_told_of(
 ) -> None:
     async def body(box: Sandbox) -> None:
         await box.upload_tree(_pip())
-        run = "python3 -m pip install --no-compile --target t demo"
+        run = "python3 -m pip --disable-pip-version-check install --no-compile --target t demo"
         done = await box.exec(run, timeout_s=60)
         assert done.exit_code == 0, done
         shown = await box.exec("PYTHONPATH=t python3 -c 'import demo; print(demo.WORD)'")
