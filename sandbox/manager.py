@@ -213,10 +213,10 @@ class Manager:
     async def _let_out(self, box: Box) -> None:
         """Opens the way out of a sandbox; one that does not get it is removed."""
         try:
-            await self.egress.ready(self._egress_directory)
-            await self.egress.attach(box)
+            await self.egress.attach(box, self._egress_directory)
         except BaseException:
             if box.info.id not in self._entries:
+                await self.egress.detach(box.info.id)
                 await asyncio.shield(box.close())
             raise
 

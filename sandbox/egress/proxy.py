@@ -18,6 +18,7 @@ import os
 import socket
 from asyncio.subprocess import PIPE, Process
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,16 @@ _START_S, _ORDER_S = 60.0, 10.0
 _AGAIN_S, _LATER_S = 0.1, 10.0
 _MAX_LINE = 1 << 24
 _SOCKET = "egress.sock"
+
+
+@dataclass
+class _Exit:
+    """The way out of one sandbox."""
+
+    box: Box
+    policy: dict[str, Any]
+    listener: socket.socket
+    is_open: bool = False
 
 
 class EgressProxy:
@@ -54,7 +65,7 @@ class EgressProxy:
             on_event: Hears of single requests, by sandbox.
         """
         self._settings, self._on_verdicts, self._on_event = settings, on_verdicts, on_event
-        self._boxes: dict[str, tuple[Box, socket.socket]] = {}
+        self._exits: dict[str, _Exit] = {}
         self._orders: socket.socket | None = None
         self._sending = asyncio.Lock()
         self._engine: Process | None = None
@@ -95,27 +106,30 @@ class EgressProxy:
                 if self._engine is None:
                     await self._start(directory)
 
-    async def attach(self, box: Box) -> None:
-        """Lets a sandbox out, and tells its commands how.
+    async def attach(self, box: Box, directory: Path) -> None:
+        """Lets a sandbox out, now or once there is an engine, and tells its commands how.
+
+        Args:
+            box: The sandbox.
+            directory: As for `ready`.
 
         Raises:
-            SandboxEgressDown: the engine does not do it.
+            SandboxEgressDown: there is no engine now.
         """
         egress = box.info.spec.egress
         assert egress is not None
-        certificate = box.link.directory / CERTIFICATE
-        certificate.write_text(self._certificate)
-        certificate.chmod(0o644)
         box.env = self._settings.environment(egress, LINE_DIR)
         listener = listen(box.link.directory, _SOCKET, box.link.owner)
-        self._boxes[box.info.id] = box, listener
-        await self._open(box, listener)
+        way_out = self._exits[box.info.id] = _Exit(box, dataclasses.asdict(egress), listener)
+        await self.ready(directory)
+        if not way_out.is_open:
+            await self._open(way_out)
 
     async def detach(self, sandbox_id: str) -> None:
         """Ends what a sandbox has outside; one that has nothing is no error."""
-        _, listener = self._boxes.pop(sandbox_id, (None, None))
-        if listener is not None:
-            listener.close()
+        way_out = self._exits.pop(sandbox_id, None)
+        if way_out is not None:
+            way_out.listener.close()
             with contextlib.suppress(SandboxEgressDown):
                 await self._order({"do": "close", "sandbox": sandbox_id})
 
@@ -184,16 +198,19 @@ class EgressProxy:
         self._engine, self._orders, self._certificate = engine, orders, hello["certificate"]
         log.info("egress engine runs (%s)", hello["ready"])
         self._listening = asyncio.get_running_loop().create_task(self._listen(engine, orders))
-        for box, listener in list(self._boxes.values()):
+        for way_out in list(self._exits.values()):
             try:
-                await self._open(box, listener)
+                await self._open(way_out)
             except SandboxEgressDown as error:
-                log.warning("sandbox %s: %s", box.info.id, error)
+                log.warning("sandbox %s: %s", way_out.box.info.id, error)
 
-    async def _open(self, box: Box, listener: socket.socket) -> None:
-        assert box.info.spec.egress is not None
-        policy = dataclasses.asdict(box.info.spec.egress)
-        await self._order({"do": "open", "sandbox": box.info.id, "policy": policy}, listener)
+    async def _open(self, way_out: _Exit) -> None:
+        certificate = way_out.box.link.directory / CERTIFICATE
+        certificate.write_text(self._certificate)
+        certificate.chmod(0o644)
+        order = {"do": "open", "sandbox": way_out.box.info.id, "policy": way_out.policy}
+        await self._order(order, way_out.listener)
+        way_out.is_open = True
 
     async def _order(self, order: dict[str, Any], listener: socket.socket | None = None) -> None:
         orders = self._orders
@@ -220,7 +237,12 @@ class EgressProxy:
         """Hears an engine to its end."""
         assert engine.stdout is not None
         while line := await engine.stdout.readline():
-            news = json.loads(line)
+            try:
+                news = json.loads(line)
+            except ValueError:
+                log.error("the egress engine says %r", line[:200])
+                engine.kill()
+                break
             for verdict, reason, number in news.get("counts", ()):
                 self._on_verdicts(verdict, reason, number)
             for event in news.get("events", ()):
@@ -229,6 +251,8 @@ class EgressProxy:
             if future is not None and not future.done():
                 future.set_result(news)
         self._engine = self._orders = None
+        for way_out in self._exits.values():
+            way_out.is_open = False
         orders.close()
         status = await engine.wait()
         for future in self._answers.values():
@@ -240,7 +264,7 @@ class EgressProxy:
 
     async def _revive(self) -> None:
         pause_s = _AGAIN_S
-        while self._boxes:
+        while self._exits:
             await asyncio.sleep(pause_s)
             try:
                 await self.ready(self._directory)

@@ -7,14 +7,15 @@ import shutil
 import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from ipaddress import ip_address
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import AfterValidator, ConfigDict, TypeAdapter, ValidationError
 
 from sandbox.backends.base import RELAY_PORT
 from sandbox.egress.packages import NPM, PYPI
-from sandbox.egress.urls import split_authority
+from sandbox.egress.urls import host_of, split_authority
 from sandbox.errors import SandboxRefused
 from sandbox.owner import ENGINE_UID
 from sandbox.spec import STRICT, Egress
@@ -23,6 +24,24 @@ CERTIFICATE = "ca.pem"
 """The authority's certificate, in the directory of the service's socket."""
 
 _DEBIAN_AUTHORITIES = "/etc/ssl/certs/ca-certificates.crt"
+
+
+def _place(text: str) -> tuple[str, int | None]:
+    """Address and port.
+
+    Raises:
+        ValueError: it is none.
+    """
+    host, port = split_authority(text)
+    return str(ip_address(host.strip("[]"))), port
+
+
+def _check_place(text: str) -> str:
+    _place(text)
+    return text
+
+
+_Place = Annotated[str, AfterValidator(_check_place)]
 
 
 @dataclass(frozen=True)
@@ -40,7 +59,7 @@ class EgressSettings:
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
-    hosts: Mapping[str, str] = field(default_factory=dict)
+    hosts: Mapping[Annotated[str, AfterValidator(host_of)], _Place] = field(default_factory=dict)
     pypi: str = PYPI
     npm: str = NPM
     python: Path | None = None
@@ -76,7 +95,7 @@ class EgressSettings:
             (directory / "trusted.pem").chmod(0o644)
         return {
             "directory": str(directory),
-            "hosts": {name.lower(): split_authority(to) for name, to in self.hosts.items()},
+            "hosts": {name: _place(to) for name, to in self.hosts.items()},
             "pypi": self.pypi,
             "npm": self.npm,
             "trusted": None if trusted is None else str(directory / "trusted.pem"),

@@ -190,6 +190,7 @@ def test_settings_are_refused_by_field(tmp_path: Path) -> None:
     for text, said in (
         ('{"host": {}}', "host: "),
         ("{", "Invalid JSON"),
+        ('{"hosts": {"a.org": "b.org"}}', "hosts.a.org: "),
         ('{"hosts": 1}', "hosts"),
     ):
         file.write_text(text)
