@@ -69,6 +69,7 @@ class Relay:
                 near.recv(_CHUNK)  # Unread bytes would reset the connection and lose the answer.
             near.close()
             return
+        near.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         ends = _Side(near), _Side(far)
         for one in ends:
             one.socket.setblocking(False)
