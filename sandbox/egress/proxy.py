@@ -25,8 +25,9 @@ from typing import Any
 from sandbox.backends.base import LINE_DIR, Box
 from sandbox.egress import engine_path, install
 from sandbox.egress.settings import CERTIFICATE, EgressSettings
-from sandbox.errors import SandboxEgressDown
+from sandbox.errors import SandboxEgressDown, SandboxRefused
 from sandbox.link import listen
+from sandbox.spec import Isolation, SandboxSpec
 
 log = logging.getLogger("sandbox")
 
@@ -53,6 +54,7 @@ class EgressProxy:
     def __init__(
         self,
         settings: EgressSettings,
+        directory: Callable[[], Path],
         *,
         on_verdicts: Callable[[str, str, int], None],
         on_event: Callable[[str, dict[str, Any]], None],
@@ -61,9 +63,11 @@ class EgressProxy:
 
         Args:
             settings: The operator's.
+            directory: Where the engine's authority and its audit are, once the backend has begun.
             on_verdicts: Hears verdict, reason and how many more of them.
             on_event: Hears of single requests, by sandbox.
         """
+        self._directory = directory
         self._settings, self._on_verdicts, self._on_event = settings, on_verdicts, on_event
         self._exits: dict[str, _Exit] = {}
         self._orders: socket.socket | None = None
@@ -91,27 +95,36 @@ class EgressProxy:
             return f"{self._settings.python} is no interpreter; set another python in its settings"
         return None
 
-    async def ready(self, directory: Path) -> None:
-        """Starts the engine if none runs.
+    async def check(self, spec: SandboxSpec, isolation: Isolation) -> None:
+        """Has the engine ready before a sandbox is made that asks for egress.
 
-        Args:
-            directory: Where its authority and its audit are.
+        Raises:
+            SandboxRefused: the spec contradicts itself, or nothing would hold commands to it.
+            SandboxEgressDown: there is no engine.
+        """
+        if spec.egress is None:
+            return
+        if spec.network:
+            raise SandboxRefused("egress: means nothing beside network=True; choose one of them.")
+        if isolation == "none":
+            raise SandboxRefused(
+                "egress: plain processes have the host's network; serve with isolation."
+            )
+        await self.ready()
+
+    async def ready(self) -> None:
+        """Starts the engine if none runs.
 
         Raises:
             SandboxEgressDown: it does not start.
         """
-        self._directory = directory
         if self._engine is None:
             async with self._starting:
                 if self._engine is None:
-                    await self._start(directory)
+                    await self._start(self._directory())
 
-    async def attach(self, box: Box, directory: Path) -> None:
+    async def attach(self, box: Box) -> None:
         """Lets a sandbox out, now or once there is an engine, and tells its commands how.
-
-        Args:
-            box: The sandbox.
-            directory: As for `ready`.
 
         Raises:
             SandboxEgressDown: there is no engine now.
@@ -121,7 +134,7 @@ class EgressProxy:
         box.env = self._settings.environment(egress, LINE_DIR)
         listener = listen(box.link.directory, _SOCKET, box.link.owner)
         way_out = self._exits[box.info.id] = _Exit(box, dataclasses.asdict(egress), listener)
-        await self.ready(directory)
+        await self.ready()
         if not way_out.is_open:
             await self._open(way_out)
 
@@ -267,7 +280,7 @@ class EgressProxy:
         while self._exits:
             await asyncio.sleep(pause_s)
             try:
-                await self.ready(self._directory)
+                await self.ready()
                 return
             except SandboxEgressDown as error:
                 log.warning("%s", error)
