@@ -29,7 +29,8 @@ def python() -> Path:
 
 def is_complete() -> bool:
     """Whether the environment is there and whole."""
-    return (directory() / "complete").exists() and python().exists()
+    # Another user's cannot be looked at, and is none.
+    return os.path.exists(directory() / "complete") and os.access(python(), os.X_OK)
 
 
 def install() -> Path:
