@@ -39,6 +39,7 @@ class Reader:
     def __init__(self, inner: Any) -> None:
         """Wraps a stream's reader."""
         self._inner, self._waiting, self._streams = inner, 0, False
+        self.has_read = False
 
     def passed(self, *, streams: bool) -> None:
         """A head is whole, so the count begins anew.
@@ -51,6 +52,7 @@ class Reader:
     async def read(self, size: int) -> bytes:
         """Reads; nothing more once too much has come."""
         data: bytes = await self._inner.read(size)
+        self.has_read |= bool(data)
         if not self._streams:
             self._waiting += len(data)
             if self._waiting > _MAX_HEAD:
@@ -99,6 +101,8 @@ class Connection(server.LiveConnectionHandler):
         """
         self.box, self._gate, self._addons = box, gate, addons
         self.incoming = Reader(reader)
+        # Whether a verdict was asked for, beside that on a tunnel.
+        self.is_judged = False
         # The tunnel's host and port, once there is one.
         self.tunnel: str | None = None
         # By upstream connection: what it is for while its address is a number, and its bytes.

@@ -128,6 +128,11 @@ class Engine:
             )
             with contextlib.suppress(asyncio.CancelledError):
                 await connection.handle_client()
+            if connection.incoming.has_read and not connection.is_judged:
+                # What was said was no HTTP, or no TLS that both sides agreed on.
+                self._audit.verdict(
+                    box.name, Verdict(False, "protocol"), "-", connection.tunnel or ""
+                )
         finally:
             box.connections.discard(task)
             writer.close()

@@ -69,6 +69,7 @@ class Gate:
         if not verdict.allowed:
             self._refuse(connection, flow, verdict, url)
             return
+        connection.is_judged = True
         self._audit.verdict(connection.box.name, verdict, request.method, url)
         for name in STRIPPED:
             request.headers.pop(name, None)
@@ -125,6 +126,7 @@ class Gate:
     def _refuse(
         self, connection: Connection, flow: http.HTTPFlow, verdict: Verdict, url: str
     ) -> None:
+        connection.is_judged = True
         self._audit.verdict(connection.box.name, verdict, flow.request.method, url)
         flow.response = http.Response.make(
             403,

@@ -58,10 +58,24 @@ def _pip() -> dict[str, bytes]:
 
 async def _told(box: Sandbox, count: int) -> list[dict[str, object]]:
     """What the log tells of a sandbox's requests, once it tells of so many."""
-    while True:
-        events = [e for e in await box._client.log(box.id) if e.kind == "egress"]
-        if len(events) >= count:
-            return [dict(event.facts) for event in events]
+    async with asyncio.timeout(20):
+        while True:
+            events = [e for e in await box._client.log(box.id) if e.kind == "egress"]
+            if len(events) >= count:
+                return [dict(event.facts) for event in events]
+
+
+def _engines(state_dir: Path) -> list[int]:
+    """The processes of a state directory's engines."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = path.read_bytes()
+        except OSError:
+            continue
+        if b"egress/engine.py\0" in words and f'"{state_dir}/'.encode() in words:
+            found.append(int(path.parent.name))
+    return found
 
 
 def test_packages_are_installed_counted_and_told_of(
@@ -77,13 +91,16 @@ def test_packages_are_installed_counted_and_told_of(
         assert await _fetch(box, "evil.example/") == (
             "urllib.error.URLError: <urlopen error Tunnel connection failed: 403 Forbidden>"
         )
-        told = await _told(box, 3)
+        dial = "import socket; s = socket.create_connection(('127.0.0.1', 3128))\n"
+        await box.exec("python3 -", stdin=dial + "s.send(b'SSH-\\n\\n'); s.recv(9)")
+        told = await _told(box, 4)
         (audit,) = state_dir.glob(f"*/egress/audit/{box.id}.jsonl")
         lines = [json.loads(line) for line in audit.read_text().splitlines()]
         urls = ["https://pypi.org/simple/demo/", "evil.example:443"]
         urls.insert(1, "https://files.pythonhosted.org/packages/aa/demo-1.0-py3-none-any.whl")
-        assert [line["url"] for line in lines] == urls
-        assert [line["reason"] for line in lines] == ["package", "package", "not_allowed"]
+        reasons = ["package", "package", "not_allowed", "protocol"]
+        assert [line["url"] for line in lines] == [*urls, ""]
+        assert [line["reason"] for line in lines] == reasons
         assert told == [{k: v for k, v in line.items() if k != "at"} for line in lines]
         async with aiohttp.request("GET", f"{box._client.base_url}/metrics") as answer:
             text = await answer.text()
@@ -98,32 +115,19 @@ def test_packages_are_installed_counted_and_told_of(
 def test_an_engine_that_dies_comes_back(state_dir: Path, outside: EgressSettings) -> None:
     require("local-bubblewrap")
 
-    def engines() -> list[int]:
-        found = []
-        for path in Path("/proc").glob("[0-9]*/cmdline"):
-            try:
-                words = path.read_bytes().split(b"\0")
-            except OSError:
-                continue
-            if any(word.endswith(b"egress/engine.py") for word in words) and any(
-                str(state_dir).encode() in word for word in words
-            ):
-                found.append(int(path.parent.name))
-        return found
-
     async def body(box: Sandbox) -> None:
         assert await _fetch(box) == "200"
-        (first,) = engines()
+        (first,) = _engines(state_dir)
         os.kill(first, signal.SIGKILL)
-        # A command waits for the next; a session's that runs meanwhile sees a sentence.
-        assert await asyncio.to_thread(wait_until, lambda: first not in engines())
+        # A command waits for the next.
+        assert await asyncio.to_thread(wait_until, lambda: first not in _engines(state_dir))
         assert await _fetch(box) == "200"
-        assert engines() != [first]
+        assert _engines(state_dir) != [first]
 
     with embedded(make_backend("local-bubblewrap", state_dir), egress=outside) as url:
         in_box(url, body, SPEC)
-        assert len(engines()) == 1
-    assert engines() == []
+        assert len(_engines(state_dir)) == 1
+    assert _engines(state_dir) == []
 
 
 def test_without_an_engine_is_a_typed_error(state_dir: Path) -> None:
@@ -179,6 +183,7 @@ def test_egress_survives_the_service(
         sandbox_id = asyncio.run(first(url))
         killed.kill()
         killed.wait()
+        assert wait_until(lambda: not _engines(state_dir))
     with serving(kind, state_dir, egress=file) as (again, url):
         asyncio.run(second(url, sandbox_id))
         again.terminate()

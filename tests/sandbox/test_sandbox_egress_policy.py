@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 
 import pytest
 from hypothesis import example, given, settings
@@ -207,6 +208,7 @@ def disguises(draw: st.DrawFn, path: tuple[str, ...]) -> str:
     return f"https://{host}/{text.lstrip('/')}{tail}"
 
 
+@settings(deadline=None)
 @given(disguises(("org", "repo")))
 @example("https://github.com/org/x/%252e%252e/repo")
 @example("https://github.com/\uff4frg/repo")
@@ -214,12 +216,13 @@ def test_no_disguise_of_a_blocked_url_passes(url: str) -> None:
     assert judge(url).reason == "blocked"
 
 
+@settings(deadline=None)
 @given(disguises(("org", "other")))
 def test_a_disguise_of_another_url_is_not_blocked(url: str) -> None:
     assert judge(url).allowed
 
 
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 @given(st.text(max_size=40), st.text(max_size=40))
 def test_whatever_is_asked_gets_a_verdict(host: str, target: str) -> None:
     verdict = POLICY.judge(Request("https", host, 443, "GET", target, [host]))
@@ -227,10 +230,9 @@ def test_whatever_is_asked_gets_a_verdict(host: str, target: str) -> None:
     POLICY.tunnel(host)
 
 
+@settings(deadline=None)
 @given(st.text(alphabet="0123456789abcdefx.:[]", min_size=1, max_size=12))
 def test_what_python_takes_for_an_address_is_no_name(text: str) -> None:
-    import socket
-
     try:
         socket.inet_aton(text)
     except OSError:
