@@ -118,7 +118,8 @@ class EgressSettings:
             index = f"{self.pypi.rstrip('/')}/"
             env |= {"PIP_INDEX_URL": index, "UV_DEFAULT_INDEX": index}
         if "npm" in egress.packages:
-            env["NPM_CONFIG_REGISTRY"] = f"{self.npm.rstrip('/')}/"
+            env |= {"NPM_CONFIG_REGISTRY": f"{self.npm.rstrip('/')}/"}
+            env |= {"NPM_CONFIG_CAFILE": certificate}
         return env
 
 
