@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from sandbox.client import SandboxClient, SandboxSpec
+from sandbox.client import Limits, SandboxClient, SandboxSpec
 from sandbox.errors import SandboxError
 from sandbox.images import recipe
 from sandbox.service import embedded
@@ -60,12 +60,12 @@ async def check(image: str, tell: Callable[[Checked], None]) -> None:
         # Sandboxes have users of their own, who must pass.
         state_dir.chmod(0o711)
         url = stack.enter_context(embedded("docker", state_dir=state_dir))
-        spec = SandboxSpec(image=image, lifetime_s=2 * _PATIENCE_S)
+        # The usual limits, for whoever uses the image has them; only what is heard is more.
+        limits = Limits(output_bytes=1 << 22)
+        spec = SandboxSpec(image=image, limits=limits, lifetime_s=2 * _PATIENCE_S)
         async with SandboxClient(url) as client, await client.create(spec) as box:
             await box.write("inside.py", recipe.read("inside.py"))
-            result = await box.exec(
-                "python3 inside.py", timeout_s=_PATIENCE_S, output_bytes=1 << 24, on_output=hear
-            )
+            result = await box.exec("python3 inside.py", timeout_s=_PATIENCE_S, on_output=hear)
     if result.timed_out or result.exit_code != 0:
         last = (result.stderr.strip().splitlines() or ["it says nothing"])[-1]
         raise SandboxError(f"the check of {image} has not come to its end: {last}")

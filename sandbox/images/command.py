@@ -134,7 +134,7 @@ def _list() -> None:
 
 def _prune() -> None:
     with connected() as client:
-        gone, kept = stock.prune(client)
+        gone, kept = stock.remove(client, stock.dispensable(stock.images(client)))
     for image in gone:
         print(f"removed {image.called} ({image.kind} {image.task}".rstrip() + ")")
     for image in kept:

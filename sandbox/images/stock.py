@@ -92,14 +92,14 @@ def dispensable(stock: Iterable[Image]) -> list[Image]:
     return going
 
 
-def prune(client: DockerClient) -> tuple[list[Image], list[Image]]:
-    """Removes what can go.
+def remove(client: DockerClient, going: Iterable[Image]) -> tuple[list[Image], list[Image]]:
+    """Removes images, though none that is in use.
 
     Returns:
         What went, and what the daemon keeps since other images stand on it or a container came.
     """
     gone, kept = [], []
-    for image in dispensable(images(client)):
+    for image in going:
         try:
             with answering():
                 # By names, lest others that somebody gave it go with them.
