@@ -247,12 +247,12 @@ def _lines(text: str) -> Iterator[str]:
 
 
 def _failure(error: str, said: list[str]) -> SandboxError:
-    whole = "\n".join([*said, error])
-    tail = "\n".join(said[-12:])
     for mark, sentence in _TROUBLES:
-        if mark in whole:
-            at_fault = next((line for line in [*said, error] if mark in line), error)
-            return SandboxUnavailable(f"the image is not built: {sentence} ({at_fault.strip()})")
+        for line in [*said, error]:
+            if mark.lower() in line.lower():
+                at_fault = line.strip()[:200]
+                return SandboxUnavailable(f"the image is not built: {sentence} ({at_fault})")
+    tail = "\n".join(said[-12:])
     return SandboxError(f"the image is not built: {error}; before, it said:\n{tail}")
 
 

@@ -41,13 +41,12 @@ def modules(name: str) -> list[str]:
     tops = set()
     for path in metadata.files(name) or ():
         top = path.parts[0]
-        if len(path.parts) == 1 and top.endswith(".py"):
-            top = top[:-3]
-        elif path.suffix not in (".py", ".so"):
+        if path.suffix not in (".py", ".so"):
             continue
-        top = top.split(".")[0]
-        if top.isidentifier() and not top.startswith("_") and top not in _NOT_THEIRS:
-            tops.add(top)
+        # A module's file may say more after a dot; a directory with one is no package.
+        module = top if len(path.parts) > 1 else top.split(".")[0]
+        if module.isidentifier() and not module.startswith("_") and module not in _NOT_THEIRS:
+            tops.add(module)
     own = {top for top in tops if top.lower() == re.sub(r"[-.]+", "_", name).lower()}
     return sorted(own or tops)
 
