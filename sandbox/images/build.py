@@ -24,8 +24,10 @@ Source = Literal["auto", "registry", "debootstrap"]
 Say = Callable[[str], None]
 
 KIND, RECIPE, LAYER, PACKAGES = "klong.image", "klong.recipe", "klong.layer", "klong.packages"
-"""Labels: slim, research or layer; the digest of what it was made of; a layer's task; how many
-Python packages were asked for."""
+"""Labels: slim, research or layer; the digest of what it was made of, given by the last step of a
+build, for it sorts last; a layer's task; how many Python packages were asked for."""
+UNFINISHED = "unfinished"
+"""What the first step of a build gives for the digest."""
 
 _KEPT_LINES = 400
 # What in the output of a build tells which of the usual troubles it is.

@@ -17,8 +17,9 @@ from importlib import metadata
 from typing import Any
 
 LISTS = "/usr/share/klong"
-PATIENCE_S = 300
 _PIN = re.compile(r"([A-Za-z0-9._-]+)(?:\[[^]]*\])?(?:==([^\s;#]+))?")
+# For one import or one command; a command that is killed has status 124.
+PATIENCE_S = 300
 # What some packages install beside their own, by mistake.
 _NOT_THEIRS = {"test", "tests", "testing", "docs", "doc", "examples", "example", "scripts"}
 _NOT_THEIRS |= {"benchmark", "benchmarks", "tools", "bin", "src"}
@@ -97,12 +98,12 @@ def probe(name: str, command: str) -> dict[str, Any]:
     os.makedirs(f"probe-{name}")
     before = time.monotonic()
     done = subprocess.run(
-        ["sh", "-ec", command],
+        # It ends what the shell has started, too.
+        ["timeout", str(PATIENCE_S), "sh", "-ec", command],
         cwd=f"probe-{name}",
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        timeout=PATIENCE_S,
     )
     said = done.stdout.decode(errors="replace").strip().splitlines() or ["it says nothing"]
     problem = f"status {done.returncode}: {said[-1]}" if done.returncode else ""

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from docker.client import DockerClient
 from docker.errors import APIError, ImageNotFound
 
 from sandbox.images import recipe
-from sandbox.images.build import KIND, LAYER, PACKAGES
+from sandbox.images.build import KIND, LAYER, PACKAGES, RECIPE, UNFINISHED
 from sandbox.images.daemon import answering
 
 _CONFLICT = 409
+_REPOSITORIES = {name.partition(":")[0] for name in (recipe.SLIM, recipe.RESEARCH, recipe.LAYER)}
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Image:
         packages: How many Python packages were asked for; a layer's begin with "+".
         created: Unix seconds.
         containers: Containers made of it, running or not.
-        ours: Whether a build of this package made it, by its label.
+        ours: Whether a build of this package made it, as far as its labels tell.
     """
 
     id: str
@@ -57,7 +58,8 @@ def images(client: DockerClient) -> list[Image]:
         for told in client.api.images():
             labels = told["Labels"] or {}
             names = tuple(name for name in told["RepoTags"] or () if name != "<none>:<none>")
-            if KIND not in labels and recipe.SLIM not in names:
+            ours = KIND in labels and _is_ours(client, told["Id"], names, labels)
+            if not ours and recipe.SLIM not in names:
                 continue
             found.append(
                 Image(
@@ -69,10 +71,27 @@ def images(client: DockerClient) -> list[Image]:
                     packages=labels.get(PACKAGES, "0"),
                     created=told["Created"],
                     containers=used[told["Id"]],
-                    ours=KIND in labels,
+                    ours=ours,
                 )
             )
     return sorted(found, key=lambda image: -image.created)
+
+
+def _is_ours(
+    client: DockerClient, image: str, names: tuple[str, ...], labels: Mapping[str, str]
+) -> bool:
+    """Whether a build of this package made an image that has its labels.
+
+    What others build on ours has the labels, too. Theirs have other names; without a name, the
+    last step of a build of ours gave the label, or it never came to that step.
+    """
+    if names:
+        return all(name.rpartition(":")[0] in _REPOSITORIES for name in names)
+    made_of = labels.get(RECIPE, UNFINISHED)
+    history: list[dict[str, str]] = client.images.get(image).history()
+    # An image that was imported has no step.
+    last = made_of == UNFINISHED or f"{RECIPE}={made_of}" in history[0]["CreatedBy"]
+    return last or len(history) == 1
 
 
 def dispensable(stock: Iterable[Image]) -> list[Image]:

@@ -10,6 +10,7 @@ import secrets
 import shutil
 import subprocess
 import tarfile
+import time
 import zipfile
 from collections.abc import Iterator
 from contextlib import suppress
@@ -61,7 +62,9 @@ def test_dockerfiles_install_what_the_lists_name_and_nothing_else(kind: str) -> 
     copied = {name for line in re.findall(r"COPY (.*) /", text) for name in line.split()}
     given = set(recipe.files(kind)) if kind != "layer" else {"debian.txt", "requirements.txt"}
     assert copied - {"ca.pe[m]", "pip.zi[p]", "probes.txt"} <= given
-    assert {"debian.txt"} <= copied and f"LABEL klong.image={kind}" in text
+    assert {
+        "debian.txt"
+    } <= copied and f"LABEL klong.image={kind} klong.recipe=unfinished\n" in text
 
 
 def test_packages_can_be_left_out_of_the_list() -> None:
@@ -235,55 +238,60 @@ def test_debootstrap_says_what_it_lacks(state_dir: Path) -> None:
     assert "debootstrap needs root" in run(tools, *(nobody if os.geteuid() == 0 else ()))
 
 
-@pytest.fixture
-def imported(daemon: DockerClient) -> Iterator[tuple[str, list[str]]]:
-    """Images of one file: of a task of ours three, the oldest in use; and one of somebody else."""
-    task = f"task-{secrets.token_hex(4)}"
-    names = [f"klong-test/{task}:{number}" for number in range(4)]
-    for number, name in enumerate(names):
-        packed = io.BytesIO()
-        with tarfile.open(fileobj=packed, mode="w") as archive:
-            member = tarfile.TarInfo("which")
-            member.size = 1
-            archive.addfile(member, io.BytesIO(str(number).encode()))
-        labels = f'LABEL klong.image=layer klong.layer={task} klong.packages="+1"'
-        answer = daemon.api.import_image_from_data(
-            packed.getvalue(),
-            repository=name.rpartition(":")[0],
-            tag=name.rpartition(":")[2],
-            changes=[labels] if number < 3 else ["LABEL other=1"],
-        )
-        assert "error" not in json.loads(answer.splitlines()[-1])
-    yield task, names
-    for name in names:
-        with suppress(ImageNotFound):
-            daemon.api.remove_image(name, force=True)
-
-
-def _of(daemon: DockerClient, task: str) -> list[stock.Image]:
-    return [image for image in stock.images(daemon) if image.task == task]
+def _import(daemon: DockerClient, name: str, content: str, task: str) -> str:
+    """An image of one file, as if a build of ours had made it; returns its digest."""
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w") as archive:
+        member = tarfile.TarInfo("content")
+        member.size = len(content)
+        archive.addfile(member, io.BytesIO(content.encode()))
+    repository, _, tag = name.rpartition(":")
+    labels = f"LABEL klong.image=layer klong.layer={task} klong.recipe={tag}"
+    answer = daemon.api.import_image_from_data(
+        packed.getvalue(), repository=repository, tag=tag, changes=[labels]
+    )
+    return str(json.loads(answer.splitlines()[-1])["status"])
 
 
 @pytest.mark.docker
-def test_pruning_takes_what_is_old_ours_and_unused(
-    imported: tuple[str, list[str]], daemon: DockerClient
-) -> None:
-    task, names = imported
-    container = daemon.api.create_container(names[0], ["/none"])
+def test_pruning_takes_what_is_old_ours_and_unused(daemon: DockerClient) -> None:
+    task = f"task-{secrets.token_hex(4)}"
+    in_use, old, new = (f"klong/layer:{task}-{number}" for number in range(3))
+    somebody = f"klong-test/{task}:1"
+    made = [_import(daemon, in_use, "0", task)]
+    container = daemon.api.create_container(in_use, ["/none"])["Id"]
+
+    def ours() -> dict[str, stock.Image]:
+        return {image.id: image for image in stock.images(daemon) if image.task == task}
+
     try:
-        found = _of(daemon, task)
-        assert {image.called for image in found} == set(names[:3])
-        assert {image.called: image.containers for image in found}[names[0]] == 1
-        # Made within a second, all count as equally new: one of those that are free stays.
-        going = stock.dispensable(found)
-        assert names[0] not in {image.called for image in going}
+        # What others make of ours has our labels.
+        made.append(daemon.api.commit(container)["Id"])
+        made.append(daemon.api.commit(container, somebody.rpartition(":")[0], "1")["Id"])
+        others = set(made[1:])
+        # The second takes the name of the first.
+        made += [_import(daemon, old, "1", task), _import(daemon, old, "2", task)]
+        time.sleep(1.1)
+        made.append(_import(daemon, new, "3", task))
+        found = ours()
+        assert found.keys() == set(made) - others
+        assert found[made[0]].containers == 1 and found[made[3]].names == ()
+
+        going = stock.dispensable(found.values())
+        assert {image.id for image in going} == set(made[3:5])
         gone, kept = stock.remove(daemon, going)
         assert gone == going and kept == []
-        left = {image.called for image in _of(daemon, task)}
-        assert left == {image.called for image in found} - {image.called for image in gone}
-        assert names[0] in left and daemon.images.get(names[3]) is not None
+        assert ours().keys() == {made[0], made[5]}
+        assert all(daemon.images.get(image) for image in others)
+
+        # One that gets a container, or an image on top, between the look and the removal stays.
+        assert stock.remove(daemon, [found[made[0]]]) == ([], [found[made[0]]])
+        assert ours().keys() == {made[0], made[5]} and ours()[made[0]].names == (in_use,)
     finally:
-        daemon.api.remove_container(container["Id"])
+        daemon.api.remove_container(container)
+        for image in reversed(made):
+            with suppress(ImageNotFound):
+                daemon.api.remove_image(image, force=True)
 
 
 def _image(name: str, created: int, containers: int = 0, **facts: object) -> stock.Image:

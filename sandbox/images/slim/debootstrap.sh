@@ -18,8 +18,9 @@ force=${1:-}
 say() { echo "sandbox_image: $*" >&2; }
 refuse() { say "$*"; exit 1; }
 
-if [ "$force" != --force ] &&
-    [ "$(docker image inspect --format '{{index .Config.Labels "klong.image"}}' "$image" 2>&1)" = slim ] &&
+label() { docker image inspect --format "{{index .Config.Labels \"klong.$1\"}}" "$image" 2>/dev/null; }
+
+if [ "$force" != --force ] && [ "$(label image)" = slim ] && [ -n "$(label recipe)" ] &&
     docker run --rm --network none "$image" python3 -c 'import ctypes, json' >/dev/null 2>&1; then
     say "$image is there already"
     exit 0
@@ -50,6 +51,6 @@ if [ "$force" = --force ] || [ ! -s "$tarball" ]; then
     mv "$tarball.part" "$tarball"
 fi
 
-docker import --change 'ENV LANG=C.UTF-8' --change 'LABEL klong.image=slim' \
+docker import --change 'ENV LANG=C.UTF-8' --change 'LABEL klong.image=slim klong.recipe=debootstrap' \
     "$tarball" "$image" >/dev/null || refuse "the Docker daemon does not take the image."
 say "$image is ready ($(du -h "$tarball" | cut -f1))"
