@@ -8,10 +8,10 @@ import re
 import subprocess
 import tarfile
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from docker.client import DockerClient
 from docker.errors import APIError, ImageNotFound
@@ -21,7 +21,14 @@ from sandbox.images import index, recipe
 from sandbox.images.daemon import answering
 
 Source = Literal["auto", "registry", "debootstrap"]
-Say = Callable[[str], None]
+
+
+class Say(Protocol):
+    """Hears of the progress of a build."""
+
+    def __call__(self, line: str, *, detail: bool = False) -> None:
+        """Takes a line; a detail is one of thousands."""
+
 
 KIND, RECIPE, LAYER, PACKAGES = "klong.image", "klong.recipe", "klong.layer", "klong.packages"
 """Labels: slim, research or layer; the digest of what it was made of, given by the last step of a
@@ -236,7 +243,7 @@ def _follow(output: Iterable[Mapping[str, Any]], say: Say) -> None:
     for part in output:
         for line in _lines(str(part.get("stream") or part.get("status") or "")):
             said = [*said[-_KEPT_LINES:], line]
-            say(line)
+            say(line, detail=not line.startswith(("Step ", "Successfully tagged ")))
         if "error" in part:
             raise _failure(str(part["error"]), said)
 

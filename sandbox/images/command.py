@@ -16,6 +16,8 @@ from sandbox.table import print_table, span
 
 # A step of a build may be silent for long: a large download, a compilation.
 _SILENCE_S = 1800
+# Of a line of the progress; a step is as long as its script.
+_WIDTH = 100
 
 USAGE = "image build [slim | research | layer] | image list | image prune | image check NAME"
 
@@ -88,27 +90,22 @@ def _build(kind: str | None, asked: Recipe) -> None:
 
 
 class _Progress:
-    """Lines of a build: the latest in place on a terminal; elsewhere the steps alone."""
+    """Lines of a build: on a terminal all, in one place; elsewhere those that are no detail."""
 
     def __init__(self) -> None:
         self._terminal = sys.stderr.isatty()
 
-    def __call__(self, line: str) -> None:
+    def __call__(self, line: str, *, detail: bool = False) -> None:
         if self._terminal:
             width = shutil.get_terminal_size().columns - 1
             print(f"\r\x1b[K{line[:width]}", end="", file=sys.stderr, flush=True)
-        elif not line.startswith((" ", "\t")) and not _is_detail(line):
-            print(line, file=sys.stderr, flush=True)
+        elif not detail:
+            print(line[:_WIDTH], file=sys.stderr, flush=True)
 
     def end(self) -> None:
         """Leaves the terminal's line."""
         if self._terminal:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
-
-
-def _is_detail(line: str) -> bool:
-    """Whether a line is one of the thousands that package managers print."""
-    return not line.startswith(("Step ", "Successfully tagged")) and not line.endswith(".")
 
 
 def _list() -> None:
