@@ -103,6 +103,10 @@ class Box:
         """Ends a session with everything in it; one that is not there is no error."""
         await self.link.call({"op": "close", "session": name}, timeout_s=GRACE_S)
 
+    async def halt(self) -> None:
+        """Kills whatever runs, sessions too; the sandbox goes on."""
+        await self.link.call({"op": "halt"}, timeout_s=GRACE_S)
+
     async def assign(self, info: SandboxInfo) -> None:
         """Gives a sandbox that was made for nobody to a caller, and it its lifetime."""
         lifetime_s = info.spec.lifetime_s + _LATE_S
