@@ -59,6 +59,7 @@ class Box:
         """
         self.info, self.workspace, self.link = info, workspace, link
         self._close, self._root, self._prelude = close, root, prelude
+        self._threads = thread_variables(info.spec.limits)
 
     async def exec(self, request: ExecRequest, on_output: OnOutput | None = None) -> ExecResult:
         """Runs one command; everything it started is dead when this returns or is cancelled."""
@@ -68,7 +69,7 @@ class Box:
         header = {
             "op": "exec",
             "argv": argv,
-            "env": {**self.info.spec.env, **request.env},
+            "env": {**self._threads, **self.info.spec.env, **request.env},
             "cwd": self._cwd(request.cwd),
             "timeout": request.timeout_s,
             "keep": request.output_bytes or self.info.spec.limits.output_bytes,
@@ -82,7 +83,7 @@ class Box:
         header = {
             "op": "open",
             "session": name,
-            "env": {**self.info.spec.env, **request.env},
+            "env": {**self._threads, **self.info.spec.env, **request.env},
             "cwd": self._cwd(request.cwd),
             "prelude": self._prelude,
             "keep": self.info.spec.limits.output_bytes,
@@ -229,6 +230,16 @@ def open_workspace(directory: Path, spec: SandboxSpec, owner: int | None) -> Wor
 def shm_bytes(limits: Limits) -> int:
     """The size of a sandbox's /dev/shm: full, it leaves its agent memory to live in."""
     return limits.memory_mb * MB // 2
+
+
+def thread_variables(limits: Limits) -> dict[str, str]:
+    """Tells libraries how many threads suit a sandbox.
+
+    They count the host's cores, not those that they may use: on a host of many, one import of
+    numpy and scipy would fill `limits.pids` with idle threads.
+    """
+    threads = str(math.ceil(limits.cpus))
+    return {"OMP_NUM_THREADS": threads, "NUMBA_NUM_THREADS": threads}
 
 
 async def await_agent(

@@ -140,7 +140,7 @@ class DockerBackend:
         except ImageNotFound:
             raise SandboxRefused(
                 "image: the Docker daemon does not have it; pull it, or build the default one "
-                "with launch/sandbox_image.sh."
+                "with klong sandbox image build."
             ) from None
         except NotFound:
             raise SandboxGone("the container of the sandbox is gone.") from None

@@ -264,7 +264,7 @@ class CorporaConfig(Section):
 
 
 class SandboxConfig(Section):
-    """Sandboxes. Words before settings: serve, ps, exec ID COMMAND, logs ID, rm ID ..., doctor."""
+    """Sandboxes. Words before settings: serve, ps, exec ID .., logs ID, rm ID, doctor, image .."""
 
     backend: Literal["local", "docker"]
     """What sandboxes are made of."""
@@ -288,6 +288,18 @@ class SandboxConfig(Section):
     """Of exec: seconds until its command is killed."""
     image: str
     """Of doctor: the image that the docker backend takes by default."""
+    task: Path | None
+    """Of image build: a task's directory, whose requirements.txt, debian.txt make a layer."""
+    requirements: Path | None
+    """Of image build: a list for pip to make a layer of."""
+    base: str | None
+    """Of image build: the image to build on; null is the usual one."""
+    source: Literal["auto", "registry", "debootstrap"]
+    """Of image build: where the slim image's Debian comes from; auto asks the registry first."""
+    without: list[str]
+    """Of image build research: packages to leave out."""
+    force: bool
+    """Of image build: build also what is there already."""
 
 
 class BenchConfig(Section):
