@@ -21,6 +21,7 @@ from sandbox.backends.base import (
     Box,
     agent_arguments,
     await_agent,
+    clear,
     install_agent,
     open_link,
     open_workspace,
@@ -78,6 +79,7 @@ class LocalBackend:
         self._root = os.geteuid() == 0
         self._durable = durable
         self._taken_over: list[Path] = []
+        self.reaped = 0
         self.cgroups: cgroups.Cgroups | None = None
 
     async def start(self) -> list[Box]:
@@ -103,7 +105,7 @@ class LocalBackend:
             adopt=lambda directory, record: self._attach(record, directory, _ADOPT_S),
             reap=self._discard,
         )
-        self._taken_over = inherited.directories
+        self._taken_over, self.reaped = inherited.directories, inherited.reaped
         self.etc, self.agent, self.filter = (self.own / name for name in ("etc", "agent", "filter"))
         if self.isolation == "bubblewrap":
             await asyncio.to_thread(bubblewrap.install, self.etc, self.filter)
@@ -165,8 +167,7 @@ class LocalBackend:
         if self.cgroups:
             await self.cgroups.remove(directory.name)
         await disk.unmount(directory)
-        self.store.forget(directory.name)
-        await asyncio.to_thread(remove_tree, directory)
+        await clear(directory, self.store)
 
     async def _attach(
         self,

@@ -175,6 +175,7 @@ def test_an_end_whose_answer_was_lost_is_heard_of_later(state_dir: Path) -> None
             assert ended is not None and ended.stdout == "once\n"
             with pytest.raises(SandboxEnded):
                 await box.exec("true")
+            await box.close()
             await client.close()
 
     asyncio.run(main())
