@@ -229,14 +229,15 @@ class Manager:
             return "lost"
         return "busy" if entry.busy else "idle"
 
+    @contextlib.contextmanager
     def workspace(
         self, sandbox_id: str, kind: str, path: str = "", *, writes: bool = False
-    ) -> Workspace:
+    ) -> Iterator[Workspace]:
         """The files of a sandbox, for a transfer that the log names."""
-        entry = self._working(sandbox_id) if writes else self._entry(sandbox_id)
-        self.backend.store.log(sandbox_id, kind, **({"path": path} if path else {}))
-        with self._use(entry):
-            return entry.box.workspace
+        entry = self._entry(sandbox_id)
+        with entry.gate.writing() if writes else contextlib.nullcontext(), self._use(entry):
+            self.backend.store.log(sandbox_id, kind, **({"path": path} if path else {}))
+            yield entry.box.workspace
 
     async def exec(
         self, sandbox_id: str, request: ExecRequest, on_output: OnOutput | None = None

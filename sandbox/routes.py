@@ -10,6 +10,7 @@ import json
 import logging
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractContextManager
 from io import BytesIO
 from typing import Any, BinaryIO
 
@@ -160,7 +161,7 @@ def _require(token: str) -> Middleware:
 
 def _workspace(
     request: web.Request, kind: str, path: str = "", *, writes: bool = False
-) -> Workspace:
+) -> AbstractContextManager[Workspace]:
     manager = request.app[_MANAGER]
     return manager.workspace(request.match_info["id"], kind, path, writes=writes)
 
@@ -319,21 +320,26 @@ async def _end(request: web.Request) -> web.Response:
 
 async def _read(request: web.Request) -> web.Response:
     path = _path(request)
-    data = await asyncio.to_thread(_workspace(request, "read", path).read, path)
+    with _workspace(request, "read", path) as workspace:
+        data = await asyncio.to_thread(workspace.read, path)
     return web.Response(body=data, content_type="application/octet-stream")
 
 
 async def _write(request: web.Request) -> web.Response:
     path = _path(request)
-    workspace = _workspace(request, "write", path, writes=True)
-    with await _body(request, workspace.max_bytes) as body:
+    with (
+        _workspace(request, "write", path, writes=True) as workspace,
+        await _body(request, workspace.max_bytes) as body,
+    ):
         await asyncio.to_thread(workspace.write, path, body)
     return web.json_response({})
 
 
 async def _upload(request: web.Request) -> web.Response:
-    workspace = _workspace(request, "upload", writes=True)
-    with await _body(request, workspace.max_bytes) as body:
+    with (
+        _workspace(request, "upload", writes=True) as workspace,
+        await _body(request, workspace.max_bytes) as body,
+    ):
         await asyncio.to_thread(archive.unpack, workspace, body)
     return web.json_response({})
 
@@ -341,7 +347,8 @@ async def _upload(request: web.Request) -> web.Response:
 async def _download(request: web.Request) -> web.StreamResponse:
     # Packed whole before the first byte goes out, so that an error still has a status.
     with tempfile.TemporaryFile() as file:
-        await asyncio.to_thread(archive.pack, _workspace(request, "download"), file)
+        with _workspace(request, "download") as workspace:
+            await asyncio.to_thread(archive.pack, workspace, file)
         response = web.StreamResponse(headers={"Content-Type": "application/x-tar"})
         response.content_length = file.tell()
         await response.prepare(request)
