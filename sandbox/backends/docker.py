@@ -40,6 +40,7 @@ from sandbox.backends.base import (
 )
 from sandbox.backends.bubblewrap import ENV, users
 from sandbox.backends.inheritance import inherit
+from sandbox.backends.removals import Removals
 from sandbox.errors import SandboxError, SandboxGone, SandboxRefused, SandboxUnavailable, host_fault
 from sandbox.spec import MB, Isolation
 from sandbox.store import Store
@@ -79,6 +80,7 @@ class DockerBackend:
         self._durable = durable
         self._taken_over: list[Path] = []
         self.reaped = 0
+        self._removals = Removals()
 
     async def start(self) -> list[Box]:
         """Connects to the daemon and reaps or adopts what dead services left."""
@@ -126,6 +128,7 @@ class DockerBackend:
 
     async def close(self) -> None:
         """Removes the service's directories and closes the connections."""
+        await self._removals.close()
         for own in (self.own, *self._taken_over):
             await asyncio.to_thread(remove_tree, own)
         self.store.close()
@@ -241,7 +244,10 @@ class DockerBackend:
         workspace = open_workspace(directory, spec, record.uid)
         return Box(record.info, workspace, link, close=close)
 
-    async def _discard(self, directory: Path, _record: owner.Record | None) -> None:
+    async def _discard(self, directory: Path, record: owner.Record | None) -> None:
+        await self._removals.run(functools.partial(self._remove, directory, record))
+
+    async def _remove(self, directory: Path, _record: owner.Record | None) -> None:
         with suppress(SandboxGone):
             await self._call(
                 self.client.api.remove_container, _name(directory.name), force=True, v=True

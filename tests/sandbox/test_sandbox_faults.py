@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import re
+import resource
 import secrets
 import socket
 import sqlite3
@@ -167,11 +168,37 @@ def test_a_host_out_of_processes(state_dir: Path) -> None:
         assert service.wait(15) == 0
 
 
-def test_a_port_that_is_taken(state_dir: Path) -> None:
+def test_a_service_out_of_descriptors(state_dir: Path) -> None:
+    require("local-plain")
+
+    async def main(url: str, pid: int) -> None:
+        async with SandboxClient(url) as client:
+            box = await client.create()
+            before = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+            used = len(list(Path(f"/proc/{pid}/fd").iterdir()))
+            resource.prlimit(pid, resource.RLIMIT_NOFILE, (used + 1, before[1]))
+            with pytest.raises(SandboxUnavailable) as refused:
+                await client.create()
+            _is_a_fault(refused.value, "Too many open files|unable to open")
+            assert (await box.exec("echo on")).stdout == "on\n"
+            resource.prlimit(pid, resource.RLIMIT_NOFILE, before)
+            await box.close()
+            async with await client.create() as again:
+                assert (await again.exec("echo again")).stdout == "again\n"
+        # What could not be removed then is later.
+        gone = lambda: not list(state_dir.glob("*/*/sb-*"))  # noqa: E731
+        assert await asyncio.to_thread(lambda: wait_until(gone, timeout_s=15))
+
+    with serving("local-plain", state_dir) as (service, url):
+        asyncio.run(main(url, service.pid))
+
+
+def test_what_cannot_be_served_is_said_in_a_line(state_dir: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         for options, says in (
             (["--port", port], f"port {port} of 127.0.0.1 is in use; choose"),
+            (["--disk-mb", "3"], "set 8 or more, or 0"),
             (["--host", "no.such.host.invalid", "--token-env", "PATH"], "cannot be served"),
         ):
             command = [sys.executable, "-m", "sandbox", "serve", "--isolation", "none", *options]
