@@ -61,6 +61,12 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--pool-idle", type=float, default=600.0, metavar="S", help="seconds one is kept ready"
     )
+    run.add_argument(
+        "--disk-mb",
+        type=int,
+        metavar="MB",
+        help="disk quota of sandboxes that ask for none (10000 where it can be had); 0: no quota",
+    )
     host = actions.add_parser("doctor", help="what this host can do for sandboxes")
     host.add_argument("--image", default="klong/base:bookworm", help="what docker takes by default")
 
@@ -125,6 +131,7 @@ def _serve(options: argparse.Namespace, token: str | None) -> None:
         state_dir=options.state_dir,
         pool=options.pool,
         pool_idle_s=options.pool_idle,
+        disk_mb=options.disk_mb,
         announce=lambda sentence: print(sentence, flush=True),
     )
 

@@ -70,6 +70,7 @@ def _serve(settings: SandboxConfig, token: str | None) -> None:
         state_dir=settings.state_dir,
         pool=settings.pool,
         pool_idle_s=settings.pool_idle_s,
+        disk_mb=settings.disk_mb,
         announce=lambda sentence: print(sentence, flush=True),
     )
 

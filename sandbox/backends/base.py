@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import compileall
+import logging
 import math
 import os
 import shutil
@@ -20,12 +21,14 @@ from sandbox.api import (
     SessionRequest,
     SessionResult,
 )
-from sandbox.errors import SandboxError, SandboxGone, SandboxLost
+from sandbox.errors import SandboxError, SandboxGone, SandboxLost, SandboxUnavailable
 from sandbox.link import GRACE_S, Answer, Link, OnOutput
 from sandbox.output import text_of
 from sandbox.spec import MB, Isolation, Limits, SandboxSpec
 from sandbox.store import Store
-from sandbox.workspace import Workspace, split_path
+from sandbox.workspace import Workspace, remove_tree, split_path
+
+log = logging.getLogger("sandbox")
 
 # Where the agent's code and the service's socket are inside.
 AGENT_DIR, LINE_DIR = "/run/klong/agent", "/run/klong/line"
@@ -159,6 +162,10 @@ class Backend(Protocol):
     def store(self) -> Store:
         """What it remembers between services; open from `start` to `close`."""
 
+    @property
+    def reaped(self) -> int:
+        """How many sandboxes of dead services `start` has ended."""
+
     async def start(self) -> list[Box]:
         """Checks that it can work here, and reaps or adopts what dead services left.
 
@@ -242,6 +249,16 @@ def thread_variables(limits: Limits) -> dict[str, str]:
     return {"OMP_NUM_THREADS": threads, "NUMBA_NUM_THREADS": threads}
 
 
+async def clear(directory: Path, store: Store) -> None:
+    """Removes the directory of a sandbox that has ended, and what the store knows of it."""
+    try:
+        store.forget(directory.name)
+    except SandboxUnavailable as error:
+        # The disk is full, perhaps with this.
+        log.warning("sandbox %s is not forgotten yet: %s", directory.name, error)
+    await asyncio.to_thread(remove_tree, directory)
+
+
 async def await_agent(
     link: Link,
     pid: int,
@@ -299,13 +316,13 @@ def _command(answer: Answer) -> dict[str, Any]:
         for name in ("out", "err"):
             head, tail, total = (int(size) for size in header[name])
             middle, end = place + head, place + head + tail
-            if not 0 <= head + tail <= min(total, len(data)):
+            if min(head, tail) < 0 or not end <= len(data) or not head + tail <= total < 1 << 63:
                 raise ValueError(name)
             streams.append((bytes(data[place:middle]), bytes(data[middle:end]), total))
             place = end
         timed_out = header.get("timed_out") is True
         code = header["exit"]
-        if not (code is None or (isinstance(code, int) and 0 <= code <= 255)):
+        if not (code is None or (type(code) is int and 0 <= code <= 255)):
             raise ValueError(code)
         duration_s = float(header["duration"])
         if not math.isfinite(duration_s):
@@ -319,5 +336,5 @@ def _command(answer: Answer) -> dict[str, Any]:
             "stdout_bytes": streams[0][2],
             "stderr_bytes": streams[1][2],
         }
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         raise SandboxLost("the agent inside the sandbox sent a result that is none.") from None

@@ -282,6 +282,9 @@ class SandboxConfig(Section):
     """Sandboxes kept ready, of the kinds asked for last; 0 makes each when it is asked for."""
     pool_idle_s: float = Field(gt=0)
     """Seconds that one is kept ready."""
+    disk_mb: int | None
+    """Of serve: megabytes that a sandbox which asks for no quota may write; 0 sets none, null is
+    10 GB where this host can hold a quota."""
     url: str | None
     """Of ps, exec, logs and rm: the service to ask; null is the one at host and port."""
     timeout_s: float = Field(gt=0)
