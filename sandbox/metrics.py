@@ -50,7 +50,8 @@ class Metrics:
         )
         self.reaps = Counter(
             "klong_sandbox_reaps",
-            "Sandboxes that nobody closed: expired, abandoned, or idle in the pool for too long.",
+            "Sandboxes that nobody closed: expired, abandoned, idle in the pool for too long, or "
+            "orphaned by a service that died.",
             ["reason"],
             registry=registry,
         )
@@ -58,6 +59,11 @@ class Metrics:
             "klong_sandbox_egress_verdicts",
             "Requests of sandboxes to the network, by verdict (allowed, refused) and reason.",
             ["verdict", "reason"],
+            registry=registry,
+        )
+        self.adoptions = Counter(
+            "klong_sandbox_adoptions",
+            "Sandboxes of a service that died, taken over alive.",
             registry=registry,
         )
         gauge = Gauge("klong_sandbox_living", "Sandboxes that callers have.", registry=registry)
