@@ -22,6 +22,7 @@ from sandbox.api import (
     SandboxInfo,
     SessionRequest,
     SessionResult,
+    SnapshotInfo,
     check_session,
     new_operation,
     parse,
@@ -32,8 +33,11 @@ from sandbox.errors import (
     SandboxFileMissing,
     SandboxGone,
     SandboxLost,
+    SandboxPaused,
     SandboxRefused,
     SandboxSessionEnded,
+    SandboxSnapshotDamaged,
+    SandboxSnapshotMissing,
     SandboxTooLarge,
     SandboxUnauthorised,
     SandboxUnavailable,
@@ -52,14 +56,18 @@ __all__ = [
     "SandboxGone",
     "SandboxInfo",
     "SandboxLost",
+    "SandboxPaused",
     "SandboxRefused",
     "SandboxSessionEnded",
+    "SandboxSnapshotDamaged",
+    "SandboxSnapshotMissing",
     "SandboxSpec",
     "SandboxTooLarge",
     "SandboxUnauthorised",
     "SandboxUnavailable",
     "Session",
     "SessionResult",
+    "SnapshotInfo",
     "tar_of",
 ]
 
@@ -161,6 +169,19 @@ class SandboxClient:
         path, query = f"/sandboxes/{sandbox_id}/log", {"after": str(after)}
         answer = json.loads(await self._request("GET", path, query=query))
         return [Event(**event) for event in answer["events"]]
+
+    async def snapshots(self) -> Sequence[SnapshotInfo]:
+        """Every snapshot that the service keeps, the latest last."""
+        answer = json.loads(await self._request("GET", "/snapshots"))
+        return [parse(SnapshotInfo, json.dumps(info)) for info in answer["snapshots"]]
+
+    async def delete_snapshot(self, digest: str) -> None:
+        """Deletes a snapshot, and the bytes that no other has.
+
+        Raises:
+            SandboxSnapshotMissing: there is none of that digest.
+        """
+        await self._request("DELETE", f"/snapshots/{digest}")
 
     async def _command(
         self,
@@ -315,6 +336,36 @@ class Sandbox:
     async def download_tree(self) -> bytes:
         """The workspace as a tar: equal trees give equal bytes."""
         return await self._client._request("GET", f"{self._path}/archive")
+
+    async def pause(self) -> None:
+        """Stops everything in the sandbox, running commands too, until `resume`.
+
+        Meanwhile every other request but `snapshot` and `close` raises `SandboxPaused`. The time
+        limits of commands stand still, `lifetime_s` does not, and the sandbox counts as in use.
+        A caller that waits for a command still gives up a minute after the command's limit.
+
+        Raises:
+            SandboxRefused: the service cannot stop a sandbox.
+        """
+        self.info = parse(SandboxInfo, await self._client._request("POST", f"{self._path}/pause"))
+
+    async def resume(self) -> None:
+        """Lets everything in a paused sandbox run on."""
+        self.info = parse(SandboxInfo, await self._client._request("POST", f"{self._path}/resume"))
+
+    async def snapshot(self) -> SnapshotInfo:
+        """Keeps workspace, home and sessions, for `SandboxSpec(snapshot=info.digest)`.
+
+        A sandbox made with it has the files, and for each session a shell of the same name with
+        its directory and exported environment. Processes, shell variables that are not exported,
+        /tmp, pipes and sockets are lost. Sandboxes with equal files and sessions have equal
+        digests.
+
+        Raises:
+            SandboxTooLarge: it holds more than the larger of `limits.files_mb` and `disk_mb`.
+        """
+        answer = await self._client._request("POST", f"{self._path}/snapshots")
+        return parse(SnapshotInfo, answer)
 
     async def close(self) -> None:
         """Removes the sandbox; one already gone is no error."""

@@ -7,8 +7,8 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Awaitable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Coroutine, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from sandbox.api import (
@@ -19,11 +19,20 @@ from sandbox.api import (
     SandboxInfo,
     SessionRequest,
     SessionResult,
+    SnapshotInfo,
     check_session,
 )
 from sandbox.backends.base import Backend, Box
-from sandbox.errors import SandboxError, SandboxGone, SandboxRefused, SandboxUnavailable
+from sandbox.checkpoints import Checkpoints
+from sandbox.errors import (
+    SandboxError,
+    SandboxGone,
+    SandboxPaused,
+    SandboxRefused,
+    SandboxUnavailable,
+)
 from sandbox.link import OnOutput
+from sandbox.look import Look
 from sandbox.metrics import Metrics
 from sandbox.pool import Pool
 from sandbox.spec import SandboxSpec, check_id
@@ -39,7 +48,8 @@ _MAX_COMMAND = 120_000
 _MAX_FORBIDDEN = 10_000
 
 
-R = TypeVar("R", bound=ExecResult)
+R = TypeVar("R")
+C = TypeVar("C", bound=ExecResult)
 
 
 @dataclass
@@ -50,6 +60,10 @@ class _Entry:
     # Requests under way, and the end of the time that it may go without one.
     busy: int = 0
     idle: asyncio.TimerHandle | None = None
+    # What ran when it was paused; its agent cannot tell meanwhile.
+    look: Look | None = None
+    # Pausing, resuming and snapshots come one after another.
+    turn: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     def stop(self) -> None:
         """Cancels both timers."""
@@ -74,6 +88,7 @@ class Manager:
         self.metrics = Metrics(
             living=lambda: len(self._entries), waiting=lambda: len(self.pool.waiting)
         )
+        self.checkpoints = Checkpoints(backend, self.metrics)
         self._entries: dict[str, _Entry] = {}
         self._closing: dict[str, asyncio.Task[None]] = {}
         self._creating: set[str] = set()
@@ -86,6 +101,7 @@ class Manager:
         for box in await self.backend.start():
             self._keep(box)
             self.backend.store.log(box.info.id, "adopt")
+        await self.checkpoints.start()
 
     async def create(self, sandbox_id: str, spec: SandboxSpec) -> SandboxInfo:
         """Makes a sandbox that expires after the spec's lifetime.
@@ -104,6 +120,7 @@ class Manager:
             raise SandboxRefused(f"there is a sandbox {sandbox_id} already; choose another id.")
         self._creating.add(sandbox_id)
         try:
+            await self.checkpoints.check(spec)
             return await self._create(sandbox_id, spec)
         finally:
             self._creating.discard(sandbox_id)
@@ -136,12 +153,14 @@ class Manager:
         note = self.backend.store.log
         began = time.monotonic()
         limits = dataclasses.asdict(info.spec.limits)
-        note(info.id, "create", image=info.spec.image, limits=limits, labels=info.spec.labels)
+        facts = {"image": info.spec.image, "snapshot": info.spec.snapshot}
+        note(info.id, "create", **facts, limits=limits, labels=info.spec.labels)
         try:
             box = await self.pool.claim(info)
             source = "new" if box is None else "pool"
             if box is None:
                 box = await self.backend.create(info)
+            await self.checkpoints.restore(box)
         except (SandboxError, OSError) as error:
             note(info.id, "fail", error=str(error))
             raise
@@ -196,11 +215,13 @@ class Manager:
     def _state(self, entry: _Entry) -> str:
         if entry.box.link.is_lost:
             return "lost"
+        if entry.info.paused_at is not None:
+            return "paused"
         return "busy" if entry.busy else "idle"
 
     def workspace(self, sandbox_id: str, kind: str, path: str = "") -> Workspace:
         """The files of a sandbox, for a transfer that the log names."""
-        entry = self._entry(sandbox_id)
+        entry = self._awake(sandbox_id)
         self.backend.store.log(sandbox_id, kind, **({"path": path} if path else {}))
         with self._use(entry):
             return entry.box.workspace
@@ -209,7 +230,7 @@ class Manager:
         self, sandbox_id: str, request: ExecRequest, on_output: OnOutput | None = None
     ) -> ExecResult:
         """Runs one command; closing the sandbox ends it with `SandboxGone`."""
-        entry = self._entry(sandbox_id)
+        entry = self._awake(sandbox_id)
         _check_size(entry, request.command, {**entry.info.spec.env, **request.env})
         limit = entry.info.spec.limits.output_bytes
         if request.output_bytes is not None and request.output_bytes > limit:
@@ -218,8 +239,8 @@ class Manager:
         return await self._command(entry, "exec", facts, entry.box.exec(request, on_output))
 
     async def _command(
-        self, entry: _Entry, kind: str, facts: dict[str, Any], work: Awaitable[R]
-    ) -> R:
+        self, entry: _Entry, kind: str, facts: dict[str, Any], work: Awaitable[C]
+    ) -> C:
         """Waits for a command; the log has it before it runs, and how it ended."""
         sandbox_id, note = entry.info.id, self.backend.store.log
         note(sandbox_id, kind, **facts)
@@ -249,7 +270,7 @@ class Manager:
 
     async def open_session(self, sandbox_id: str, name: str, request: SessionRequest) -> None:
         """Starts a session under a name of its own."""
-        entry = self._entry(sandbox_id)
+        entry = self._awake(sandbox_id)
         check_session(name)
         _check_size(entry, "", {**entry.info.spec.env, **request.env})
         self.backend.store.log(sandbox_id, "open", session=name, cwd=request.cwd)
@@ -260,7 +281,7 @@ class Manager:
         self, sandbox_id: str, name: str, request: RunRequest, on_output: OnOutput | None = None
     ) -> SessionResult:
         """Runs a command in a session."""
-        entry = self._entry(sandbox_id)
+        entry = self._awake(sandbox_id)
         check_session(name)
         _check_size(entry, request.command, {})
         facts = {"session": name, "command": request.command}
@@ -268,7 +289,7 @@ class Manager:
 
     async def close_session(self, sandbox_id: str, name: str) -> None:
         """Ends a session; one that is not there is no error."""
-        entry = self._entry(sandbox_id)
+        entry = self._awake(sandbox_id)
         check_session(name)
         self.backend.store.log(sandbox_id, "end", session=name)
         with self._use(entry):
@@ -277,6 +298,55 @@ class Manager:
     async def cancel(self, sandbox_id: str, operation: str) -> None:
         """Ends an operation that its caller has given up."""
         await self._entry(sandbox_id).box.link.cancel(operation)
+
+    async def pause(self, sandbox_id: str) -> SandboxInfo:
+        """Stops everything in a sandbox until it is resumed; one that is paused stays so."""
+        return await _whole(self._pause(self._entry(sandbox_id)))
+
+    async def _pause(self, entry: _Entry) -> SandboxInfo:
+        async with entry.turn:
+            if entry.info.paused_at is None:
+                look = await entry.box.look()
+                # Before it stands still: another service must know that it was meant to.
+                self._note_paused(entry, time.time())
+                try:
+                    await entry.box.freeze()
+                except BaseException:
+                    self._note_paused(entry, None)
+                    raise
+                entry.look = look
+                self.backend.store.log(entry.info.id, "pause")
+            return entry.info
+
+    async def resume(self, sandbox_id: str) -> SandboxInfo:
+        """Lets everything in a paused sandbox run on; one that runs does so."""
+        return await _whole(self._resume(self._entry(sandbox_id)))
+
+    async def _resume(self, entry: _Entry) -> SandboxInfo:
+        async with entry.turn:
+            if entry.info.paused_at is not None:
+                self.backend.store.log(entry.info.id, "resume")
+                await entry.box.thaw()
+                entry.look = None
+                self._note_paused(entry, None)
+            return entry.info
+
+    def _note_paused(self, entry: _Entry, at: float | None) -> None:
+        entry.info = entry.box.info = dataclasses.replace(entry.info, paused_at=at)
+        self.backend.store.update(entry.info)
+        self._rest(entry)
+
+    async def snapshot(self, sandbox_id: str) -> SnapshotInfo:
+        """Keeps the files and sessions of a sandbox, which stands still meanwhile."""
+        entry = self._entry(sandbox_id)
+        with self._use(entry):
+            async with entry.turn:
+                if entry.info.paused_at is not None and entry.look is None:
+                    raise SandboxPaused(
+                        f"sandbox {sandbox_id} was paused by a service that is gone, and with it "
+                        "what it knew of the sessions: resume it before a snapshot."
+                    )
+                return await self.checkpoints.take(entry.box, entry.look)
 
     async def close(self, sandbox_id: str) -> None:
         """Removes a sandbox; closing one that is not there, or not yet, forbids its id."""
@@ -302,6 +372,12 @@ class Manager:
         except KeyError:
             raise SandboxGone(f"there is no sandbox {sandbox_id}; it may have expired.") from None
 
+    def _awake(self, sandbox_id: str) -> _Entry:
+        entry = self._entry(sandbox_id)
+        if entry.info.paused_at is not None:
+            raise SandboxPaused(f"sandbox {sandbox_id} is paused: resume it first.")
+        return entry
+
     @contextlib.contextmanager
     def _use(self, entry: _Entry) -> Iterator[None]:
         """Keeps a sandbox from being idle."""
@@ -317,7 +393,12 @@ class Manager:
         if entry.idle is not None:
             entry.idle.cancel()
         idle_s = entry.info.spec.idle_s
-        if idle_s is not None and self._entries.get(entry.info.id) is entry:
+        # Whoever pauses one will come back: it is not idle.
+        if (
+            entry.info.paused_at is None
+            and idle_s is not None
+            and self._entries.get(entry.info.id) is entry
+        ):
             loop = asyncio.get_running_loop()
             entry.idle = loop.call_later(idle_s, self._end_idle, entry)
 
@@ -362,6 +443,11 @@ class Manager:
             raise
         finally:
             self._closing.pop(entry.info.id, None)
+
+
+async def _whole(work: Coroutine[Any, Any, R]) -> R:
+    """Does something to its end, also if whoever waits for it goes away."""
+    return await asyncio.shield(asyncio.ensure_future(work))
 
 
 def _check_size(entry: _Entry, command: str, env: Mapping[str, str]) -> None:

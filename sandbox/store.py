@@ -57,6 +57,7 @@ class Store:
         Raises:
             SandboxUnavailable: it cannot be opened, or is not such a file.
         """
+        self.path = path
         self._kept, self._appended = kept, 0
         try:
             if str(path) != ":memory:":
@@ -127,6 +128,29 @@ class Store:
             self._db.execute(
                 "UPDATE sandboxes SET info = ? WHERE box = ?", (json.dumps(to_json(info)), box)
             )
+
+    def begin(self, sandbox_id: str) -> None:
+        """Notes that a caller's sandbox is not whole yet; as one that waits, it is not adopted."""
+        self._db.execute(
+            "INSERT OR IGNORE INTO waiting SELECT box FROM sandboxes "
+            "WHERE json_extract(info, '$.id') = ?",
+            (sandbox_id,),
+        )
+
+    def finish(self, sandbox_id: str) -> None:
+        """Notes that a caller's sandbox is whole."""
+        self._db.execute(
+            "DELETE FROM waiting WHERE box IN "
+            "(SELECT box FROM sandboxes WHERE json_extract(info, '$.id') = ?)",
+            (sandbox_id,),
+        )
+
+    def update(self, info: SandboxInfo) -> None:
+        """Replaces what callers see of a sandbox."""
+        self._db.execute(
+            "UPDATE sandboxes SET info = ? WHERE json_extract(info, '$.id') = ?",
+            (json.dumps(to_json(info)), info.id),
+        )
 
     def log(self, sandbox_id: str, kind: str, **facts: Any) -> None:
         """Appends an event; long texts are cut."""

@@ -264,7 +264,10 @@ class CorporaConfig(Section):
 
 
 class SandboxConfig(Section):
-    """Sandboxes. Words before settings: serve, ps, exec ID COMMAND, logs ID, rm ID ..., doctor."""
+    """Sandboxes. Words before settings: serve, ps, exec ID COMMAND, logs ID, rm ID ..., doctor ...
+
+    More words: pause ID ..., resume ID ..., snapshot ID, snapshots, drop DIGEST ...
+    """
 
     backend: Literal["local", "docker"]
     """What sandboxes are made of."""
@@ -283,7 +286,7 @@ class SandboxConfig(Section):
     pool_idle_s: float = Field(gt=0)
     """Seconds that one is kept ready."""
     url: str | None
-    """Of ps, exec, logs and rm: the service to ask; null is the one at host and port."""
+    """Of all but serve and doctor: the service to ask; null is the one at host and port."""
     timeout_s: float = Field(gt=0)
     """Of exec: seconds until its command is killed."""
     image: str
