@@ -77,6 +77,9 @@ _GRACE_S = 60.0
 # Between two tries to reach a service that is expected back.
 _RETRY_S = 0.1
 
+# Between two questions whether a paused sandbox was resumed.
+_PAUSED_S = 1.0
+
 
 class SandboxClient:
     """A sandbox service; open it with `async with`.
@@ -202,7 +205,7 @@ class SandboxClient:
         request = dataclasses.replace(request, operation=operation, acknowledge=arrived)
         body = json.dumps(to_json(request)).encode()
         loop = asyncio.get_running_loop()
-        answered_at = loop.time()
+        answered_at, asked_before = loop.time(), False
         while True:
             try:
                 answer = await send(method, path, body, timeout_s=timeout_s)
@@ -210,6 +213,13 @@ class SandboxClient:
                 if loop.time() > answered_at + self._reconnect_s:
                     raise
                 await asyncio.sleep(_RETRY_S)
+                asked_before = True
+            except SandboxPaused:
+                if not asked_before:
+                    raise
+                # It began before the pause and goes on after it.
+                await asyncio.sleep(_PAUSED_S)
+                answered_at = loop.time()
             except asyncio.CancelledError:
                 with contextlib.suppress(SandboxError):
                     undo = f"{sandbox._path}/operations/{operation}"
@@ -342,7 +352,8 @@ class Sandbox:
 
         Meanwhile every other request but `snapshot` and `close` raises `SandboxPaused`. The time
         limits of commands stand still, `lifetime_s` does not, and the sandbox counts as in use.
-        A caller that waits for a command still gives up a minute after the command's limit.
+        A caller that waits for a command gives up a minute after the command's limit all the
+        same, unless its client reconnects.
 
         Raises:
             SandboxRefused: the service cannot stop a sandbox.
