@@ -77,8 +77,20 @@ class Link:
         self._is_agent = is_agent
         self._server = await loop.create_unix_server(lambda: _Wire(self), sock=self._listener)
 
-    async def connected(self) -> None:
+    async def connected(self, is_agent: Callable[[int], bool]) -> None:
         """Waits for the agent.
+
+        Args:
+            is_agent: As in `listen`.
+
+        Raises:
+            SandboxError: it ended first.
+        """
+        await self.listen(is_agent)
+        await self.dialled()
+
+    async def dialled(self) -> None:
+        """Waits for the agent that is listened for.
 
         Raises:
             SandboxError: it ended first.

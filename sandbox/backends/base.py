@@ -191,7 +191,7 @@ class Box:
             await self.freezer.thaw()
         try:
             async with asyncio.timeout(GRACE_S):
-                await self.link.connected()
+                await self.link.dialled()
         except TimeoutError:
             self.link.fail(SandboxLost("the agent inside the sandbox does not come back."))
 
@@ -370,7 +370,7 @@ async def await_agent(
         await freezer.thaw()
     try:
         async with asyncio.timeout(patience_s):
-            await link.connected()
+            await link.dialled()
     except BaseException as error:
         link.fail(SandboxLost("the sandbox did not start."))
         if isinstance(error, (TimeoutError, SandboxLost)):
