@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, TypeVar
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from sandbox.errors import SandboxRefused
-from sandbox.spec import STRICT, Env, Isolation, SandboxSpec, Text
+from sandbox.spec import STRICT, Env, Gates, Isolation, SandboxSpec, Text
 
 _SESSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
@@ -138,6 +138,23 @@ class RunRequest:
 
 
 @dataclass(frozen=True)
+class EndRequest:
+    """The end of a sandbox's work.
+
+    Attributes:
+        timeout_s: Seconds until the finish check is killed, and has failed.
+        operation: As in `ExecRequest`.
+        acknowledge: As in `ExecRequest`.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    timeout_s: Annotated[float, Field(gt=0)] = 60.0
+    operation: _Operation | None = None
+    acknowledge: tuple[_Operation, ...] = ()
+
+
+@dataclass(frozen=True)
 class ExecResult:
     """How a command ended.
 
@@ -219,7 +236,16 @@ class SnapshotInfo:
 T = TypeVar("T")
 _ADAPTERS: dict[type[Any], TypeAdapter[Any]] = {
     cls: TypeAdapter(cls)
-    for cls in (SandboxSpec, SandboxInfo, ExecRequest, SessionRequest, RunRequest, SnapshotInfo)
+    for cls in (
+        SandboxSpec,
+        SandboxInfo,
+        Gates,
+        ExecRequest,
+        SessionRequest,
+        RunRequest,
+        EndRequest,
+        SnapshotInfo,
+    )
 }
 
 

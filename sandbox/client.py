@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from sandbox.api import (
+    EndRequest,
     Event,
     ExecRequest,
     ExecResult,
@@ -29,8 +30,10 @@ from sandbox.api import (
     to_json,
 )
 from sandbox.errors import (
+    SandboxEnded,
     SandboxError,
     SandboxFileMissing,
+    SandboxGated,
     SandboxGone,
     SandboxLost,
     SandboxPaused,
@@ -41,18 +44,22 @@ from sandbox.errors import (
     SandboxTooLarge,
     SandboxUnauthorised,
     SandboxUnavailable,
+    SandboxUnfinished,
 )
-from sandbox.spec import Limits, SandboxSpec, new_id
+from sandbox.spec import Gates, Limits, SandboxSpec, new_id
 from sandbox.transport import OnOutput, Transport
 
 __all__ = [
     "Event",
     "ExecResult",
+    "Gates",
     "Limits",
     "Sandbox",
     "SandboxClient",
+    "SandboxEnded",
     "SandboxError",
     "SandboxFileMissing",
+    "SandboxGated",
     "SandboxGone",
     "SandboxInfo",
     "SandboxLost",
@@ -65,6 +72,7 @@ __all__ = [
     "SandboxTooLarge",
     "SandboxUnauthorised",
     "SandboxUnavailable",
+    "SandboxUnfinished",
     "Session",
     "SessionResult",
     "SnapshotInfo",
@@ -190,7 +198,7 @@ class SandboxClient:
         self,
         method: str,
         path: str,
-        request: ExecRequest | SessionRequest | RunRequest,
+        request: ExecRequest | SessionRequest | RunRequest | EndRequest,
         sandbox: Sandbox,
         *,
         timeout_s: float,
@@ -377,6 +385,43 @@ class Sandbox:
         """
         answer = await self._client._request("POST", f"{self._path}/snapshots")
         return parse(SnapshotInfo, answer)
+
+    async def arm(self, gates: Gates) -> None:
+        """Sets what must come before work and before the end; for good, and for every caller.
+
+        Until the reading is taken, commands, sessions and writes raise `SandboxGated`.
+        """
+        body = json.dumps(to_json(gates)).encode()
+        await self._client._request("PUT", f"{self._path}/gates", body)
+
+    async def take_part(self, number: int) -> str:
+        """A text of the gates' reading, by its number from 1, which is read by that."""
+        answer = await self._client._request("POST", f"{self._path}/reading/{number}")
+        text: str = json.loads(answer)["text"]
+        return text
+
+    async def end(self, *, timeout_s: float = 60.0) -> ExecResult | None:
+        """Ends the work: what runs is killed, and files can be read, not written, from then on.
+
+        Args:
+            timeout_s: Seconds that the gates' finish check may take.
+
+        Returns:
+            How the finish check ended; None without one, or if the work has ended before.
+
+        Raises:
+            SandboxGated: there is something to read yet.
+            SandboxUnfinished: the finish check fails; its result is in `facts["check"]`.
+        """
+        answer = await self._client._command(
+            "POST",
+            f"{self._path}/end",
+            EndRequest(timeout_s=timeout_s),
+            self,
+            timeout_s=timeout_s + _GRACE_S,
+        )
+        check = json.loads(answer)["check"]
+        return None if check is None else ExecResult(**check)
 
     async def close(self) -> None:
         """Removes the sandbox; one already gone is no error."""

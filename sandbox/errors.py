@@ -5,7 +5,7 @@ The service answers `{"error": sentence, "kind": kind}`; the client raises the c
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 
 class SandboxError(Exception):
@@ -13,6 +13,11 @@ class SandboxError(Exception):
 
     kind: ClassVar[str] = "failed"
     status: ClassVar[int] = 500
+
+    def __init__(self, sentence: str = "", **facts: Any) -> None:
+        """Says it in one sentence; `facts` are what a program may want of it, in JSON."""
+        super().__init__(sentence)
+        self.facts = facts
 
 
 class SandboxRefused(SandboxError):
@@ -34,6 +39,26 @@ class SandboxUnauthorised(SandboxRefused):
 
     kind = "unauthorised"
     status = 401
+
+
+class SandboxGated(SandboxRefused):
+    """The sandbox's gates do not let it through yet: something must be read, or done, first."""
+
+    kind = "gated"
+    status = 409
+
+
+class SandboxUnfinished(SandboxGated):
+    """The finish check fails; `facts["check"]` has the fields of its `ExecResult`."""
+
+    kind = "unfinished"
+
+
+class SandboxEnded(SandboxRefused):
+    """The sandbox's work has ended: its files can be read, and nothing else."""
+
+    kind = "ended"
+    status = 409
 
 
 class SandboxFileMissing(SandboxError):
@@ -95,6 +120,9 @@ _CLASSES: tuple[type[SandboxError], ...] = (
     SandboxRefused,
     SandboxTooLarge,
     SandboxUnauthorised,
+    SandboxGated,
+    SandboxUnfinished,
+    SandboxEnded,
     SandboxFileMissing,
     SandboxGone,
     SandboxLost,

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from sandbox.api import (
+    EndRequest,
     Event,
     ExecRequest,
     ExecResult,
@@ -30,12 +31,14 @@ from sandbox.errors import (
     SandboxPaused,
     SandboxRefused,
     SandboxUnavailable,
+    SandboxUnfinished,
 )
+from sandbox.gates import Gate
 from sandbox.link import OnOutput
 from sandbox.look import Look
 from sandbox.metrics import Metrics
 from sandbox.pool import Pool
-from sandbox.spec import SandboxSpec, check_id
+from sandbox.spec import Gates, SandboxSpec, check_id
 from sandbox.usage import usage
 from sandbox.workspace import Workspace
 
@@ -56,6 +59,7 @@ C = TypeVar("C", bound=ExecResult)
 class _Entry:
     info: SandboxInfo
     box: Box
+    gate: Gate
     expiry: asyncio.TimerHandle
     # Requests under way, and the end of the time that it may go without one.
     busy: int = 0
@@ -171,10 +175,11 @@ class Manager:
         return box
 
     def _keep(self, box: Box) -> None:
+        gate = Gate(self.backend.store, box.info.id)
         left_s = max(0.0, box.info.expires_at - time.time())
         loop = asyncio.get_running_loop()
         expiry = loop.call_later(left_s, self._expire, box.info.id)
-        entry = self._entries[box.info.id] = _Entry(box.info, box, expiry)
+        entry = self._entries[box.info.id] = _Entry(box.info, box, gate, expiry)
         self._rest(entry)
 
     def list(self) -> list[SandboxInfo]:
@@ -219,9 +224,11 @@ class Manager:
             return "paused"
         return "busy" if entry.busy else "idle"
 
-    def workspace(self, sandbox_id: str, kind: str, path: str = "") -> Workspace:
+    def workspace(
+        self, sandbox_id: str, kind: str, path: str = "", *, writes: bool = False
+    ) -> Workspace:
         """The files of a sandbox, for a transfer that the log names."""
-        entry = self._awake(sandbox_id)
+        entry = self._working(sandbox_id) if writes else self._awake(sandbox_id)
         self.backend.store.log(sandbox_id, kind, **({"path": path} if path else {}))
         with self._use(entry):
             return entry.box.workspace
@@ -230,7 +237,7 @@ class Manager:
         self, sandbox_id: str, request: ExecRequest, on_output: OnOutput | None = None
     ) -> ExecResult:
         """Runs one command; closing the sandbox ends it with `SandboxGone`."""
-        entry = self._awake(sandbox_id)
+        entry = self._working(sandbox_id)
         _check_size(entry, request.command, {**entry.info.spec.env, **request.env})
         limit = entry.info.spec.limits.output_bytes
         if request.output_bytes is not None and request.output_bytes > limit:
@@ -270,7 +277,7 @@ class Manager:
 
     async def open_session(self, sandbox_id: str, name: str, request: SessionRequest) -> None:
         """Starts a session under a name of its own."""
-        entry = self._awake(sandbox_id)
+        entry = self._working(sandbox_id)
         check_session(name)
         _check_size(entry, "", {**entry.info.spec.env, **request.env})
         self.backend.store.log(sandbox_id, "open", session=name, cwd=request.cwd)
@@ -281,7 +288,7 @@ class Manager:
         self, sandbox_id: str, name: str, request: RunRequest, on_output: OnOutput | None = None
     ) -> SessionResult:
         """Runs a command in a session."""
-        entry = self._awake(sandbox_id)
+        entry = self._working(sandbox_id)
         check_session(name)
         _check_size(entry, request.command, {})
         facts = {"session": name, "command": request.command}
@@ -348,6 +355,50 @@ class Manager:
                     )
                 return await self.checkpoints.take(entry.box, entry.look)
 
+    def arm(self, sandbox_id: str, gates: Gates) -> None:
+        """Sets the gates of a sandbox, once and for all."""
+        entry = self._entry(sandbox_id)
+        _check_size(entry, gates.finish_check, entry.info.spec.env)
+        facts = {"parts": len(gates.reading), "finish_check": gates.finish_check}
+        self.backend.store.log(sandbox_id, "arm", **facts)
+        with self._use(entry):
+            entry.gate.arm(gates)
+
+    def take(self, sandbox_id: str, part: int) -> str:
+        """A text of a sandbox's mandatory reading."""
+        entry = self._entry(sandbox_id)
+        self.backend.store.log(sandbox_id, "take", part=part)
+        with self._use(entry):
+            return entry.gate.take(part)
+
+    async def end(self, sandbox_id: str, request: EndRequest) -> ExecResult | None:
+        """Ends the work in a sandbox, if its gates let it; what runs is killed.
+
+        Returns:
+            The result of the finish check; None if there is none, or the end was before.
+
+        Raises:
+            SandboxGated: there is something to read yet.
+            SandboxUnfinished: the finish check fails.
+        """
+        entry = self._awake(sandbox_id)
+        with entry.gate.ending() as finish_check:
+            if finish_check is None:
+                return None
+            result = None
+            if finish_check:
+                check = ExecRequest(finish_check, **vars(request))
+                work, facts = entry.box.exec(check, None), {"command": finish_check}
+                result = await self._command(entry, "check", facts, work)
+                if result.exit_code != 0:
+                    failed = dataclasses.asdict(result)
+                    raise SandboxUnfinished("the finish check fails.", check=failed)
+            with self._use(entry):
+                await entry.box.halt()
+            entry.gate.end()
+            self.backend.store.log(sandbox_id, "finish")
+            return result
+
     async def close(self, sandbox_id: str) -> None:
         """Removes a sandbox; closing one that is not there, or not yet, forbids its id."""
         if sandbox_id not in self._entries:
@@ -376,6 +427,12 @@ class Manager:
         entry = self._entry(sandbox_id)
         if entry.info.paused_at is not None:
             raise SandboxPaused(f"sandbox {sandbox_id} is paused: resume it first.")
+        return entry
+
+    def _working(self, sandbox_id: str) -> _Entry:
+        """A sandbox whose gates let work through."""
+        entry = self._awake(sandbox_id)
+        entry.gate.admit_work()
         return entry
 
     @contextlib.contextmanager

@@ -18,12 +18,20 @@ from aiohttp.typedefs import Handler, Middleware
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from sandbox import archive
-from sandbox.api import ExecRequest, ExecResult, RunRequest, SessionRequest, parse, to_json
+from sandbox.api import (
+    EndRequest,
+    ExecRequest,
+    ExecResult,
+    RunRequest,
+    SessionRequest,
+    parse,
+    to_json,
+)
 from sandbox.backends import Backend
 from sandbox.errors import SandboxError, SandboxRefused, SandboxTooLarge, SandboxUnauthorised
 from sandbox.link import OnOutput
 from sandbox.manager import Manager
-from sandbox.spec import SandboxSpec
+from sandbox.spec import Gates, SandboxSpec
 from sandbox.workspace import Workspace
 
 log = logging.getLogger("sandbox")
@@ -69,6 +77,9 @@ def create_app(
             web.put(f"{box}/sessions/{{name}}", _open_session),
             web.post(f"{box}/sessions/{{name}}", _run),
             web.delete(f"{box}/sessions/{{name}}", _close_session),
+            web.put(f"{box}/gates", _arm),
+            web.post(f"{box}/reading/{{part}}", _take),
+            web.post(f"{box}/end", _end),
             web.get(f"{box}/log", _log),
             web.post(f"{box}/pause", _pause),
             web.post(f"{box}/resume", _resume),
@@ -111,12 +122,16 @@ async def _answer_errors(request: web.Request, handler: Handler) -> web.StreamRe
             raise SandboxError(f"the sandbox host fails: {error}.") from error
     except SandboxError as error:
         request.app[_MANAGER].metrics.rejections.labels(error.kind).inc()
-        return web.json_response({"error": str(error), "kind": error.kind}, status=error.status)
+        return web.json_response(_told(error), status=error.status)
     except web.HTTPException as error:
         sentence = f"{request.method} {request.path}: {error.reason}."
         return web.json_response(
             {"error": sentence, "kind": SandboxRefused.kind}, status=error.status
         )
+
+
+def _told(error: SandboxError) -> dict[str, Any]:
+    return {"error": str(error), "kind": error.kind, "facts": error.facts}
 
 
 def _require(token: str) -> Middleware:
@@ -132,8 +147,11 @@ def _require(token: str) -> Middleware:
     return check
 
 
-def _workspace(request: web.Request, kind: str, path: str = "") -> Workspace:
-    return request.app[_MANAGER].workspace(request.match_info["id"], kind, path)
+def _workspace(
+    request: web.Request, kind: str, path: str = "", *, writes: bool = False
+) -> Workspace:
+    manager = request.app[_MANAGER]
+    return manager.workspace(request.match_info["id"], kind, path, writes=writes)
 
 
 def _path(request: web.Request) -> str:
@@ -232,7 +250,7 @@ async def _result(
         try:
             line = {"result": to_json(task.result())}
         except SandboxError as error:
-            line = {"error": str(error), "kind": error.kind}
+            line = _told(error)
         await response.write(json.dumps(line).encode() + b"\n")
         await response.write_eof()
     finally:
@@ -297,6 +315,26 @@ async def _delete_snapshot(request: web.Request) -> web.Response:
     return web.json_response({})
 
 
+async def _arm(request: web.Request) -> web.Response:
+    gates = parse(Gates, await request.read())
+    request.app[_MANAGER].arm(request.match_info["id"], gates)
+    return web.json_response({}, status=201)
+
+
+async def _take(request: web.Request) -> web.Response:
+    part = request.match_info["part"]
+    if not (part.isdecimal() and part.isascii()):
+        raise SandboxRefused(f"part {part!r} is no number.")
+    text = request.app[_MANAGER].take(request.match_info["id"], int(part))
+    return web.json_response({"text": text})
+
+
+async def _end(request: web.Request) -> web.Response:
+    asked = parse(EndRequest, await request.read() or b"{}")
+    check = await request.app[_MANAGER].end(request.match_info["id"], asked)
+    return web.json_response({"check": None if check is None else to_json(check)})
+
+
 async def _read(request: web.Request) -> web.Response:
     path = _path(request)
     data = await asyncio.to_thread(_workspace(request, "read", path).read, path)
@@ -305,14 +343,14 @@ async def _read(request: web.Request) -> web.Response:
 
 async def _write(request: web.Request) -> web.Response:
     path = _path(request)
-    workspace = _workspace(request, "write", path)
+    workspace = _workspace(request, "write", path, writes=True)
     with await _body(request, workspace.max_bytes) as body:
         await asyncio.to_thread(workspace.write, path, body)
     return web.json_response({})
 
 
 async def _upload(request: web.Request) -> web.Response:
-    workspace = _workspace(request, "upload")
+    workspace = _workspace(request, "upload", writes=True)
     with await _body(request, workspace.max_bytes) as body:
         await asyncio.to_thread(archive.unpack, workspace, body)
     return web.json_response({})

@@ -94,3 +94,18 @@ class SandboxSpec:
     idle_s: Annotated[float, Field(gt=0)] | None = None
     network: bool = False
     snapshot: Digest | None = None
+
+
+@dataclass(frozen=True)
+class Gates:
+    """What the service asks of a sandbox's work, whoever asks for it.
+
+    Attributes:
+        reading: Texts that must have been taken one and all before any work, in order.
+        finish_check: Command that must succeed in the sandbox before it may end; may be empty.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    reading: tuple[str, ...] = ()
+    finish_check: Text = ""

@@ -12,7 +12,7 @@ import os
 import secrets
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from typing import Any
 from sandbox.api import Event, SandboxInfo, parse, to_json
 from sandbox.errors import SandboxRefused, SandboxUnavailable
 from sandbox.owner import Record
+from sandbox.spec import Gates
 
 _VERSION = 1
 _SCHEMA = f"""
@@ -33,6 +34,13 @@ CREATE TABLE events (
 );
 CREATE INDEX events_of_a_sandbox ON events (sandbox, number);
 PRAGMA user_version = {_VERSION};
+"""
+
+# Of later than the first version; an earlier service of the directory does without.
+_GATES = """
+CREATE TABLE IF NOT EXISTS gates (
+    sandbox TEXT PRIMARY KEY, gates TEXT NOT NULL, taken TEXT NOT NULL, ended INTEGER NOT NULL
+) WITHOUT ROWID
 """
 
 # Events kept of a state directory, and how many more come before the oldest are dropped.
@@ -70,6 +78,7 @@ class Store:
                 if version == 0:
                     for statement in _SCHEMA.split(";"):
                         self._db.execute(statement)
+                self._db.execute(_GATES)
         except (OSError, sqlite3.Error) as error:
             raise SandboxUnavailable(
                 f"the store {path} cannot be used: {error}; "
@@ -109,6 +118,11 @@ class Store:
     def forget(self, box: str) -> None:
         """Drops what is known of a sandbox that has ended."""
         with self._transaction():
+            self._db.execute(
+                "DELETE FROM gates WHERE sandbox = "
+                "(SELECT json_extract(info, '$.id') FROM sandboxes WHERE box = ?)",
+                (box,),
+            )
             self._db.execute("DELETE FROM sandboxes WHERE box = ?", (box,))
             self._db.execute("DELETE FROM waiting WHERE box = ?", (box,))
 
@@ -151,6 +165,27 @@ class Store:
             "UPDATE sandboxes SET info = ? WHERE json_extract(info, '$.id') = ?",
             (json.dumps(to_json(info)), info.id),
         )
+
+    def arm(self, sandbox_id: str, gates: Gates) -> None:
+        """Notes a sandbox's gates, of which nothing is taken yet."""
+        text = json.dumps(to_json(gates))
+        self._db.execute("INSERT INTO gates VALUES (?, ?, '[]', FALSE)", (sandbox_id, text))
+
+    def gates(self, sandbox_id: str) -> tuple[Gates, set[int], bool] | None:
+        """A sandbox's gates, the numbers of what is taken, and whether its work has ended."""
+        row = self._db.execute(
+            "SELECT gates, taken, ended FROM gates WHERE sandbox = ?", (sandbox_id,)
+        ).fetchone()
+        return row and (parse(Gates, row[0]), set(json.loads(row[1])), bool(row[2]))
+
+    def note_taken(self, sandbox_id: str, parts: Iterable[int]) -> None:
+        """Replaces the numbers of what is taken."""
+        text = json.dumps(sorted(parts))
+        self._db.execute("UPDATE gates SET taken = ? WHERE sandbox = ?", (text, sandbox_id))
+
+    def note_end(self, sandbox_id: str) -> None:
+        """Notes that a sandbox's work has ended."""
+        self._db.execute("UPDATE gates SET ended = TRUE WHERE sandbox = ?", (sandbox_id,))
 
     def log(self, sandbox_id: str, kind: str, **facts: Any) -> None:
         """Appends an event; long texts are cut."""

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 _MAX_SESSIONS = 64
 
+# Between two looks at whether all that was to end has ended.
+_HALT_S = 0.005
+
 
 class Refusal(Exception):
     """An operation that cannot be done; its arguments are the error's kind and sentence."""
@@ -57,6 +60,7 @@ class Server:
             "close": self._close,
             "live": self._live,
             "look": self._look,
+            "halt": self._halt,
         }
 
     def run(self) -> NoReturn:
@@ -281,6 +285,24 @@ class Server:
             session.close()
         else:
             self._answer(operation, {})
+
+    def _halt(self, operation: str, _header: Header, _payload: bytes) -> None:
+        """Ends every session and whatever else runs."""
+        for session in self._sessions.values():
+            if not session.over:
+                session.close()
+        for stop in list(self._running.values()):
+            stop()
+        self._running[operation] = lambda: None
+
+        def wait() -> None:
+            alone = self._running.keys() <= {operation}
+            if alone and all(session.over for session in self._sessions.values()):
+                self._answer(operation, {})
+            else:
+                self._loop.later(_HALT_S, wait)
+
+        wait()
 
 
 def _input(data: bytes) -> int:

@@ -195,6 +195,10 @@ class Box:
         except TimeoutError:
             self.link.fail(SandboxLost("the agent inside the sandbox does not come back."))
 
+    async def halt(self) -> None:
+        """Kills whatever runs, sessions too; the sandbox goes on."""
+        await self.link.call({"op": "halt"}, timeout_s=GRACE_S)
+
     async def assign(self, info: SandboxInfo) -> None:
         """Gives a sandbox that was made for nobody to a caller, and it its lifetime."""
         lifetime_s = info.spec.lifetime_s + _LATE_S
