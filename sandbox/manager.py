@@ -39,7 +39,7 @@ from sandbox.look import Look
 from sandbox.metrics import Metrics
 from sandbox.pool import Pool
 from sandbox.spec import Gates, SandboxSpec, check_id
-from sandbox.usage import usage
+from sandbox.usage import Usage, usage
 from sandbox.workspace import Workspace
 
 log = logging.getLogger("sandbox")
@@ -208,11 +208,13 @@ class Manager:
     def usage(self) -> dict[str, dict[str, Any]]:
         """What each sandbox takes of the host now, by id."""
         agents = {i: entry.box.link.agent_pid or 0 for i, entry in self._entries.items()}
-        used = usage(agents.values(), minded=self.backend.isolation != "none")
+        # One that another service has paused has not dialled yet.
+        dialled = [agent for agent in agents.values() if agent]
+        used = usage(dialled, minded=self.backend.isolation != "none")
         return {
             sandbox_id: {
                 "state": self._state(self._entries[sandbox_id]),
-                **dataclasses.asdict(used[agent]),
+                **dataclasses.asdict(used.get(agent, Usage(0, 0))),
             }
             for sandbox_id, agent in agents.items()
         }

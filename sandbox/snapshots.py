@@ -287,7 +287,9 @@ class Snapshots:
         except FileNotFoundError:
             raise _missing(digest) from None
         (self._root / "notes" / digest).unlink(missing_ok=True)
-        self.collect()
+        if not self.collect():
+            # For the next deletion, or the next service.
+            (self._root / "new" / "uncollected").touch()
 
     def recover(self) -> None:
         """Collects what a process that was killed has left, unless another is at work."""

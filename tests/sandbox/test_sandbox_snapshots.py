@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import subprocess
 import sys
@@ -18,14 +19,17 @@ from hypothesis import strategies as st
 from sandbox_helpers import ROOT, wait_until
 
 from sandbox.api import SnapshotInfo
+from sandbox.backends import disk
 from sandbox.errors import (
     SandboxRefused,
     SandboxSnapshotDamaged,
     SandboxSnapshotMissing,
     SandboxTooLarge,
+    SandboxUnavailable,
 )
 from sandbox.look import Look, Shell
 from sandbox.snapshots import Snapshots, Stopped
+from sandbox.spec import Limits
 from sandbox.tree import CHUNK, Entry, HostTree
 
 _SHELLS = (Shell("work", "/workspace/a", {"A": "1\n2", "B": "\udcff"}, ["C"], True),)
@@ -160,6 +164,7 @@ import sys, time
 from pathlib import Path
 from sandbox.look import Look
 from sandbox.snapshots import Snapshots
+from sandbox.spec import Limits
 from sandbox.tree import CHUNK, Entry
 
 def content(number):
@@ -270,6 +275,24 @@ def test_damage_is_one_sentence_and_is_mended_by_the_next_snapshot(
     assert _take(store, tree) != info
     store.restore(info.digest, _tree(tmp_path / "mended").fill)
     assert (tmp_path / "mended/workspace/a").read_text() == "precious"
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_nothing(state_dir: Path) -> None:
+    if (lack := disk.problem()) is not None:
+        assert os.environ.get("CI") != "true", lack
+        pytest.skip(lack)
+    (state_dir / "data").mkdir()
+    asyncio.run(disk.mount(state_dir, Limits(disk_mb=8)))
+    try:
+        store, tree = Snapshots(state_dir / "data/s"), _tree(state_dir / "tree")
+        (state_dir / "tree/workspace/a").write_bytes(os.urandom(9_000_000))
+        with pytest.raises(SandboxUnavailable, match=r"disk of \S+ is full: delete snapshots"):
+            _take(store, tree)
+        assert store.list() == [] and not list((state_dir / "data/s/new").iterdir())
+        (state_dir / "tree/workspace/a").write_bytes(b"less")
+        assert _take(store, tree).bytes == 4
+    finally:
+        asyncio.run(disk.unmount(state_dir))
 
 
 @pytest.mark.parametrize("digest", ["", "x" * 64, "../notes/x", "A" * 64])
