@@ -334,7 +334,9 @@ def test_a_backend_that_has_neither_says_so(kind: str, state_dir: Path) -> None:
 
     async def without(info):  # type: ignore[no-untyped-def]
         box = await create(info)
-        box.freezer = box.tree = None
+        box.freezer = None
+        if info.spec.labels:
+            box.tree = None
         return box
 
     backend.create = without  # type: ignore[method-assign]
@@ -343,9 +345,17 @@ def test_a_backend_that_has_neither_says_so(kind: str, state_dir: Path) -> None:
         async with SandboxClient(url) as client, await client.create() as box:
             with pytest.raises(SandboxRefused, match="cannot stop a sandbox"):
                 await box.pause()
+            assert (await box.exec("echo alive >alive")).exit_code == 0
+            info = await box.snapshot()
+            assert info.files == 1 and not info.frozen
+            spec = SandboxSpec(labels={"without": "tree"})
+            async with await client.create(spec) as other:
+                with pytest.raises(SandboxRefused, match="no access to the files"):
+                    await other.snapshot()
+            spec = SandboxSpec(labels={"without": "tree"}, snapshot=info.digest)
             with pytest.raises(SandboxRefused, match="no access to the files"):
-                await box.snapshot()
-            assert (await box.exec("echo alive")).stdout == "alive\n"
+                await client.create(spec)
+            assert len(await client.list()) == 1
 
     with embedded(backend) as url:
         asyncio.run(work(url))
