@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import compileall
+import logging
 import math
 import os
 import shutil
@@ -20,12 +21,14 @@ from sandbox.api import (
     SessionRequest,
     SessionResult,
 )
-from sandbox.errors import SandboxError, SandboxGone, SandboxLost
+from sandbox.errors import SandboxError, SandboxGone, SandboxLost, SandboxUnavailable
 from sandbox.link import GRACE_S, Answer, Link, OnOutput
 from sandbox.output import text_of
 from sandbox.spec import MB, Isolation, Limits, SandboxSpec
 from sandbox.store import Store
-from sandbox.workspace import Workspace, split_path
+from sandbox.workspace import Workspace, remove_tree, split_path
+
+log = logging.getLogger("sandbox")
 
 # Where the agent's code and the service's socket are inside.
 AGENT_DIR, LINE_DIR = "/run/klong/agent", "/run/klong/line"
@@ -59,6 +62,7 @@ class Box:
         """
         self.info, self.workspace, self.link = info, workspace, link
         self._close, self._root, self._prelude = close, root, prelude
+        self._threads = thread_variables(info.spec.limits)
 
     async def exec(self, request: ExecRequest, on_output: OnOutput | None = None) -> ExecResult:
         """Runs one command; everything it started is dead when this returns or is cancelled."""
@@ -68,7 +72,7 @@ class Box:
         header = {
             "op": "exec",
             "argv": argv,
-            "env": {**self.info.spec.env, **request.env},
+            "env": {**self._threads, **self.info.spec.env, **request.env},
             "cwd": self._cwd(request.cwd),
             "timeout": request.timeout_s,
             "keep": request.output_bytes or self.info.spec.limits.output_bytes,
@@ -82,7 +86,7 @@ class Box:
         header = {
             "op": "open",
             "session": name,
-            "env": {**self.info.spec.env, **request.env},
+            "env": {**self._threads, **self.info.spec.env, **request.env},
             "cwd": self._cwd(request.cwd),
             "prelude": self._prelude,
             "keep": self.info.spec.limits.output_bytes,
@@ -158,6 +162,10 @@ class Backend(Protocol):
     def store(self) -> Store:
         """What it remembers between services; open from `start` to `close`."""
 
+    @property
+    def reaped(self) -> int:
+        """How many sandboxes of dead services `start` has ended."""
+
     async def start(self) -> list[Box]:
         """Checks that it can work here, and reaps or adopts what dead services left.
 
@@ -231,6 +239,26 @@ def shm_bytes(limits: Limits) -> int:
     return limits.memory_mb * MB // 2
 
 
+def thread_variables(limits: Limits) -> dict[str, str]:
+    """Tells libraries how many threads suit a sandbox.
+
+    They count the host's cores, not those that they may use: on a host of many, one import of
+    numpy and scipy would fill `limits.pids` with idle threads.
+    """
+    threads = str(math.ceil(limits.cpus))
+    return {"OMP_NUM_THREADS": threads, "NUMBA_NUM_THREADS": threads}
+
+
+async def clear(directory: Path, store: Store) -> None:
+    """Removes the directory of a sandbox that has ended, and what the store knows of it."""
+    try:
+        store.forget(directory.name)
+    except SandboxUnavailable as error:
+        # The disk is full, perhaps with this.
+        log.warning("sandbox %s is not forgotten yet: %s", directory.name, error)
+    await asyncio.to_thread(remove_tree, directory)
+
+
 async def await_agent(
     link: Link,
     pid: int,
@@ -288,13 +316,13 @@ def _command(answer: Answer) -> dict[str, Any]:
         for name in ("out", "err"):
             head, tail, total = (int(size) for size in header[name])
             middle, end = place + head, place + head + tail
-            if not 0 <= head + tail <= min(total, len(data)):
+            if min(head, tail) < 0 or not end <= len(data) or not head + tail <= total < 1 << 63:
                 raise ValueError(name)
             streams.append((bytes(data[place:middle]), bytes(data[middle:end]), total))
             place = end
         timed_out = header.get("timed_out") is True
         code = header["exit"]
-        if not (code is None or (isinstance(code, int) and 0 <= code <= 255)):
+        if not (code is None or (type(code) is int and 0 <= code <= 255)):
             raise ValueError(code)
         duration_s = float(header["duration"])
         if not math.isfinite(duration_s):
@@ -308,5 +336,5 @@ def _command(answer: Answer) -> dict[str, Any]:
             "stdout_bytes": streams[0][2],
             "stderr_bytes": streams[1][2],
         }
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         raise SandboxLost("the agent inside the sandbox sent a result that is none.") from None
