@@ -35,6 +35,9 @@ CLIENT = Path(__file__).with_name("storm_client.py")
 # Sandboxes of one client process.
 PER_CLIENT = 4
 
+# Services in a row that are killed before they serve.
+MAX_STILLBORN = 2
+
 # Who is killed how often.
 VICTIMS = {"service": 5, "agent": 4, "sandbox": 4, "client": 5}
 
@@ -94,6 +97,7 @@ class Storm:
         slots = range(sandboxes)
         self.shares = [list(slots[i : i + PER_CLIENT]) for i in range(0, sandboxes, PER_CLIENT)]
         self.clients: list[subprocess.Popen[bytes]] = []
+        self.stillborn = 0
         self.killed: set[str] = set()
         self.orphaned: set[str] = set()
         self.outcome = Outcome()
@@ -171,8 +175,7 @@ class Storm:
         share = self.rng.randrange(len(self.shares))
         slot = self.rng.choice(self.shares[share])
         if victim == "service":
-            self.service.kill()
-            self.service.wait()
+            self._kill_service()
         elif victim == "client":
             self.clients[share].kill()
             self.clients[share].wait()
@@ -182,6 +185,21 @@ class Storm:
             if box is None or not self._kill_box(box, victim):
                 return
         self.outcome.kills[victim] += 1
+
+    def _kill_service(self) -> None:
+        """Also while it starts, but not so often that it never comes up."""
+        up = self._is_up()
+        while not up and self.stillborn >= MAX_STILLBORN and self.service.poll() is None:
+            time.sleep(0.1)
+            up = self._is_up()
+        self.stillborn = 0 if up else self.stillborn + 1
+        self.service.kill()
+        self.service.wait()
+
+    def _is_up(self) -> bool:
+        with suppress(OSError), socket.create_connection(("127.0.0.1", self.port), timeout=5):
+            return True
+        return False
 
     def _kill_box(self, box: str, victim: str) -> bool:
         pid = outer(box) if self.backend == "local" else container_pid(box)
