@@ -82,6 +82,14 @@ def _parser() -> argparse.ArgumentParser:
     remove = actions.add_parser("rm", parents=[service], help="remove sandboxes")
     remove.add_argument("ids", nargs="+", metavar="id")
     _add_image(actions.add_parser("image", help="build, list, prune and check images"))
+    keep = actions.add_parser("snapshot", parents=[service], help="keep files and sessions")
+    keep.add_argument("id")
+    for name, what in (("pause", "stop all in sandboxes"), ("resume", "let it run on")):
+        hold = actions.add_parser(name, parents=[service], help=what)
+        hold.add_argument("ids", nargs="+", metavar="id")
+    actions.add_parser("snapshots", parents=[service], help="the snapshots that are kept")
+    drop = actions.add_parser("drop", parents=[service], help="delete snapshots")
+    drop.add_argument("digests", nargs="+", metavar="digest")
     return parser
 
 
@@ -145,6 +153,16 @@ async def _ask(options: argparse.Namespace, token: str | None) -> int | None:
             return await admin.execute(client, options.id, options.command, timeout_s=timeout_s)
         elif options.action == "logs":
             await admin.logs(client, options.id)
+        elif options.action == "snapshot":
+            await admin.snapshot(client, options.id)
+        elif options.action == "pause":
+            await admin.pause(client, options.ids)
+        elif options.action == "resume":
+            await admin.resume(client, options.ids)
+        elif options.action == "snapshots":
+            await admin.snapshots(client)
+        elif options.action == "drop":
+            await admin.drop(client, options.digests)
         else:
             await admin.remove(client, options.ids)
     return None

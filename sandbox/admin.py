@@ -70,6 +70,56 @@ async def remove(client: SandboxClient, sandbox_ids: Iterable[str]) -> None:
         print(sandbox_id)
 
 
+async def snapshot(client: SandboxClient, sandbox_id: str) -> None:
+    """Takes a snapshot of a sandbox; prints its digest, and what a restore does not bring back."""
+    info = await (await client.attach(sandbox_id)).snapshot()
+    print(info.digest)
+    lost = [f"{info.lost_processes} processes"] if info.lost_processes else []
+    lost += [f"{info.skipped} pipes, sockets or devices"] if info.skipped else []
+    busy = [session.name for session in info.sessions if not session.whole]
+    lost += [f"what the busy sessions {', '.join(busy)} have exported"] if busy else []
+    if lost:
+        print(f"not in it: {'; '.join(lost)}", file=sys.stderr)
+
+
+async def pause(client: SandboxClient, sandbox_ids: Iterable[str]) -> None:
+    """Pauses sandboxes and prints their ids."""
+    for sandbox_id in sandbox_ids:
+        await (await client.attach(sandbox_id)).pause()
+        print(sandbox_id)
+
+
+async def resume(client: SandboxClient, sandbox_ids: Iterable[str]) -> None:
+    """Resumes sandboxes and prints their ids."""
+    for sandbox_id in sandbox_ids:
+        await (await client.attach(sandbox_id)).resume()
+        print(sandbox_id)
+
+
+async def snapshots(client: SandboxClient) -> None:
+    """Prints the snapshots of a service, oldest first."""
+    now = time.time()
+    rows = [
+        (
+            info.digest,
+            span(max(0.0, now - info.created_at)),
+            str(info.files),
+            f"{info.bytes / 1e6:.1f} MB",
+            str(len(info.sessions)),
+            info.sandbox,
+        )
+        for info in await client.snapshots()
+    ]
+    print_table([("DIGEST", "AGE", "FILES", "SIZE", "SESSIONS", "OF"), *rows])
+
+
+async def drop(client: SandboxClient, digests: Iterable[str]) -> None:
+    """Deletes snapshots and prints their digests; one that is not there is an error."""
+    for digest in digests:
+        await client.delete_snapshot(digest)
+        print(digest)
+
+
 def doctor(image: str) -> None:
     """Prints what this host can do for sandboxes."""
     rows = [(one.name, one.found or "missing", one.allows) for one in findings(image)]

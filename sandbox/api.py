@@ -47,6 +47,8 @@ class SandboxInfo:
     created_at: float
     expires_at: float
     spec: SandboxSpec
+    paused_at: float | None = None
+    """Since when its processes are stopped; None while they run."""
 
 
 @dataclass(frozen=True)
@@ -186,6 +188,51 @@ class SessionResult(ExecResult):
     ended: bool
 
 
+@dataclass(frozen=True)
+class SnapshotSession:
+    """A session as a snapshot has it; a restore opens a shell with its directory and environment.
+
+    Attributes:
+        name: Its name.
+        cwd: Its directory as an isolated sandbox has it, such as /workspace/src; None if it was
+            not to be had, or was removed: a restore then takes the workspace.
+        whole: Whether the environment is that of the moment. While a command runs it is the one
+            that the session was opened with.
+    """
+
+    name: str
+    cwd: str | None
+    whole: bool
+
+
+@dataclass(frozen=True)
+class SnapshotInfo:
+    """The files and sessions of a sandbox at a moment, kept until they are deleted.
+
+    Attributes:
+        digest: Of the files, with modes and times, and of the sessions: its name.
+        sandbox: The sandbox that it was last taken of.
+        created_at: When that was, in Unix seconds.
+        files: Regular files in workspace and home.
+        bytes: Bytes in them; equal ones are stored once.
+        skipped: Pipes, sockets and devices, which are not kept.
+        frozen: Whether the sandbox stood still while it was read; if not, files that were
+            written meanwhile may be of different moments.
+        lost_processes: Processes, shells of sessions apart, that a restore does not bring back.
+        sessions: The sessions that a restore opens again, by name.
+    """
+
+    digest: str
+    sandbox: str
+    created_at: float
+    files: int
+    bytes: int
+    skipped: int
+    frozen: bool
+    lost_processes: int
+    sessions: tuple[SnapshotSession, ...]
+
+
 T = TypeVar("T")
 _ADAPTERS: dict[type[Any], TypeAdapter[Any]] = {
     cls: TypeAdapter(cls)
@@ -197,6 +244,7 @@ _ADAPTERS: dict[type[Any], TypeAdapter[Any]] = {
         SessionRequest,
         RunRequest,
         EndRequest,
+        SnapshotInfo,
     )
 }
 

@@ -23,6 +23,7 @@ from sandbox.api import (
     SandboxInfo,
     SessionRequest,
     SessionResult,
+    SnapshotInfo,
     check_session,
     new_operation,
     parse,
@@ -35,8 +36,11 @@ from sandbox.errors import (
     SandboxGated,
     SandboxGone,
     SandboxLost,
+    SandboxPaused,
     SandboxRefused,
     SandboxSessionEnded,
+    SandboxSnapshotDamaged,
+    SandboxSnapshotMissing,
     SandboxTooLarge,
     SandboxUnauthorised,
     SandboxUnavailable,
@@ -59,8 +63,11 @@ __all__ = [
     "SandboxGone",
     "SandboxInfo",
     "SandboxLost",
+    "SandboxPaused",
     "SandboxRefused",
     "SandboxSessionEnded",
+    "SandboxSnapshotDamaged",
+    "SandboxSnapshotMissing",
     "SandboxSpec",
     "SandboxTooLarge",
     "SandboxUnauthorised",
@@ -68,6 +75,7 @@ __all__ = [
     "SandboxUnfinished",
     "Session",
     "SessionResult",
+    "SnapshotInfo",
     "tar_of",
 ]
 
@@ -79,6 +87,9 @@ _GRACE_S = 60.0
 _RETRY_S, _IN_VAIN_S = 0.1, 11.0
 
 T = TypeVar("T")
+
+# Between two questions whether a paused sandbox was resumed.
+_PAUSED_S = 1.0
 
 
 class SandboxClient:
@@ -173,6 +184,19 @@ class SandboxClient:
         answer = json.loads(await self._request("GET", path, query=query))
         return [Event(**event) for event in answer["events"]]
 
+    async def snapshots(self) -> Sequence[SnapshotInfo]:
+        """Every snapshot that the service keeps, the latest last."""
+        answer = json.loads(await self._request("GET", "/snapshots"))
+        return [parse(SnapshotInfo, json.dumps(info)) for info in answer["snapshots"]]
+
+    async def delete_snapshot(self, digest: str) -> None:
+        """Deletes a snapshot, and the bytes that no other has.
+
+        Raises:
+            SandboxSnapshotMissing: there is none of that digest.
+        """
+        await self._request("DELETE", f"/snapshots/{digest}")
+
     async def _command(
         self,
         method: str,
@@ -193,7 +217,9 @@ class SandboxClient:
         request = dataclasses.replace(request, operation=operation, acknowledge=arrived)
         body = json.dumps(to_json(request)).encode()
         try:
-            answer = await self._insist(lambda: send(method, path, body, timeout_s=timeout_s))
+            answer = await self._insist(
+                lambda: send(method, path, body, timeout_s=timeout_s), goes_on=True
+            )
         except asyncio.CancelledError:
             with contextlib.suppress(SandboxError):
                 undo = f"{sandbox._path}/operations/{operation}"
@@ -203,10 +229,16 @@ class SandboxClient:
         sandbox._arrived.append(operation)
         return answer
 
-    async def _insist(self, send: Callable[[], Awaitable[T]]) -> T:
-        """Sends what may be sent twice, again as long as the service is expected back."""
+    async def _insist(self, send: Callable[[], Awaitable[T]], *, goes_on: bool = False) -> T:
+        """Sends what may be sent twice, again as long as the service is expected back.
+
+        Args:
+            send: Sends it.
+            goes_on: Whether it is a command, which a sandbox that is paused goes on with later.
+        """
         loop = asyncio.get_running_loop()
         deadline: float | None = None
+        asked_before = False
         while True:
             began = loop.time()
             try:
@@ -219,6 +251,13 @@ class SandboxClient:
                 if now >= deadline:
                     raise
                 await asyncio.sleep(_RETRY_S)
+                asked_before = True
+            except SandboxPaused:
+                if not (asked_before and goes_on):
+                    raise
+                # It began before the pause and goes on after it.
+                await asyncio.sleep(_PAUSED_S)
+                deadline = None
 
 
 class Sandbox:
@@ -341,6 +380,37 @@ class Sandbox:
     async def download_tree(self) -> bytes:
         """The workspace as a tar: equal trees give equal bytes."""
         return await self._again("GET", f"{self._path}/archive")
+
+    async def pause(self) -> None:
+        """Stops everything in the sandbox, running commands too, until `resume`.
+
+        Meanwhile every other request but `snapshot` and `close` raises `SandboxPaused`. The time
+        limits of commands stand still, `lifetime_s` does not, and the sandbox counts as in use.
+        A caller that waits for a command gives up a minute after the command's limit all the
+        same, unless its client reconnects.
+
+        Raises:
+            SandboxRefused: the service cannot stop a sandbox.
+        """
+        self.info = parse(SandboxInfo, await self._client._request("POST", f"{self._path}/pause"))
+
+    async def resume(self) -> None:
+        """Lets everything in a paused sandbox run on."""
+        self.info = parse(SandboxInfo, await self._client._request("POST", f"{self._path}/resume"))
+
+    async def snapshot(self) -> SnapshotInfo:
+        """Keeps workspace, home and sessions, for `SandboxSpec(snapshot=info.digest)`.
+
+        A sandbox made with it has the files, and for each session a shell of the same name with
+        its directory and exported environment. Processes, shell variables that are not exported,
+        /tmp, pipes and sockets are lost. Sandboxes with equal files and sessions have equal
+        digests.
+
+        Raises:
+            SandboxTooLarge: it holds more than the larger of `limits.files_mb` and `disk_mb`.
+        """
+        answer = await self._client._request("POST", f"{self._path}/snapshots")
+        return parse(SnapshotInfo, answer)
 
     async def arm(self, gates: Gates) -> None:
         """Sets what must come before work and before the end; for good, and for every caller.

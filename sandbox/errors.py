@@ -95,6 +95,26 @@ class SandboxSessionEnded(SandboxError):
     infra = False
 
 
+class SandboxPaused(SandboxError):
+    """The sandbox is paused; resume it first."""
+
+    kind = "paused"
+    status = 409
+
+
+class SandboxSnapshotMissing(SandboxRefused):
+    """There is no snapshot of that digest."""
+
+    kind = "snapshot_missing"
+    status = 404
+
+
+class SandboxSnapshotDamaged(SandboxError):
+    """What is stored of a snapshot is not what was stored; the host's fault, not the sandbox's."""
+
+    kind = "snapshot_damaged"
+
+
 class SandboxUnavailable(SandboxError):
     """The service or its backend cannot be reached now; trying again later may help."""
 
@@ -115,6 +135,9 @@ _CLASSES: tuple[type[SandboxError], ...] = (
     SandboxLost,
     SandboxSessionEnded,
     SandboxUnavailable,
+    SandboxPaused,
+    SandboxSnapshotMissing,
+    SandboxSnapshotDamaged,
 )
 BY_KIND: dict[str, type[SandboxError]] = {cls.kind: cls for cls in _CLASSES}
 

@@ -8,17 +8,19 @@ the sandbox.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import secrets
 import socket
 import struct
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from pathlib import Path
 
 from sandbox.errors import BY_KIND, SandboxError, SandboxLost
 from sandbox.protocol import VERSION, Decoder, Header, ProtocolError, encode
+from sandbox.standstill import Standstill
 
 log = logging.getLogger("sandbox")
 
@@ -60,20 +62,76 @@ class Link:
         self._ready = asyncio.get_running_loop().create_future()
         self._listener = _listen(directory, owner)
         self._server: asyncio.Server | None = None
+        self._standstill = Standstill(directory)
+        # What is waited for, and the seconds that each has left once the agent runs again.
+        self._patience: dict[asyncio.Timeout, float] = {}
+        self._overdue = False
+
+    async def listen(self, is_agent: Callable[[int], bool]) -> None:
+        """Begins to hear the agent.
+
+        Args:
+            is_agent: Whether a process, by its id on this host, is the agent.
+        """
+        loop = asyncio.get_running_loop()
+        self._is_agent = is_agent
+        self._server = await loop.create_unix_server(lambda: _Wire(self), sock=self._listener)
 
     async def connected(self, is_agent: Callable[[int], bool]) -> None:
         """Waits for the agent.
 
         Args:
-            is_agent: Whether a process, by its id on this host, is the agent.
+            is_agent: As in `listen`.
 
         Raises:
             SandboxError: it ended first.
         """
-        loop = asyncio.get_running_loop()
-        self._is_agent = is_agent
-        self._server = await loop.create_unix_server(lambda: _Wire(self), sock=self._listener)
-        await self._ready
+        await self.listen(is_agent)
+        await self.dialled()
+
+    async def dialled(self) -> None:
+        """Waits for the agent that is listened for.
+
+        Raises:
+            SandboxError: it ended first.
+        """
+        await asyncio.shield(self._ready)
+
+    @property
+    def is_held(self) -> bool:
+        """Whether the agent is frozen, or an earlier service that was killed had frozen it."""
+        return self._standstill.began is not None
+
+    def hold(self) -> None:
+        """The agent is about to be frozen: what it owes is not late until it runs again."""
+        self._standstill.begin()
+        now = asyncio.get_running_loop().time()
+        for timeout in self._patience:
+            when = timeout.when()
+            if when is not None and not timeout.expired():
+                self._patience[timeout] = when - now
+                timeout.reschedule(None)
+
+    def release(self) -> None:
+        """The agent is about to run again."""
+        self._standstill.end()
+        now = asyncio.get_running_loop().time()
+        for timeout, left_s in self._patience.items():
+            if not timeout.expired():
+                timeout.reschedule(now + left_s)
+        if self._overdue:
+            self._overdue = False
+            asyncio.get_running_loop().call_later(_REDIAL_S, self._give_up)
+
+    @contextlib.asynccontextmanager
+    async def _within(self, seconds: float) -> AsyncIterator[None]:
+        """As `asyncio.timeout`, but for the time that the agent is frozen."""
+        async with asyncio.timeout(None if self.is_held else seconds) as timeout:
+            self._patience[timeout] = seconds
+            try:
+                yield
+            finally:
+                del self._patience[timeout]
 
     async def call(
         self,
@@ -116,7 +174,7 @@ class Link:
             future.add_done_callback(lambda _: self._outstanding.pop(operation, None))
             self._send(frame)
         try:
-            async with asyncio.timeout(timeout_s):
+            async with self._within(timeout_s):
                 answer, data = await asyncio.shield(future)
         except TimeoutError:
             raise SandboxLost("the agent inside the sandbox does not answer.") from None
@@ -141,7 +199,7 @@ class Link:
         self._send(encode({"op": "cancel", "target": operation}))
         # Until what the operation started is dead; nothing to wait for if the sandbox is.
         with suppress(SandboxError, TimeoutError):
-            async with asyncio.timeout(GRACE_S):
+            async with self._within(GRACE_S):
                 await asyncio.shield(future)
 
     def fail(self, error: SandboxError) -> None:
@@ -220,7 +278,9 @@ class Link:
             loop.call_later(_REDIAL_S, self._give_up)
 
     def _give_up(self) -> None:
-        if self._wire is None:
+        if self._wire is None and self.is_held:
+            self._overdue = True  # It cannot dial, frozen as it is.
+        elif self._wire is None:
             self.fail(SandboxLost("the agent inside the sandbox has gone; so has the sandbox."))
 
 

@@ -7,8 +7,8 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
@@ -21,22 +21,26 @@ from sandbox.api import (
     SandboxInfo,
     SessionRequest,
     SessionResult,
+    SnapshotInfo,
     check_session,
 )
 from sandbox.backends.base import Backend, Box
+from sandbox.checkpoints import Checkpoints
 from sandbox.errors import (
     SandboxError,
     SandboxGone,
+    SandboxPaused,
     SandboxRefused,
     SandboxUnavailable,
     SandboxUnfinished,
 )
 from sandbox.gates import Gate
 from sandbox.link import OnOutput
+from sandbox.look import Look
 from sandbox.metrics import Metrics
 from sandbox.pool import Pool
 from sandbox.spec import Gates, SandboxSpec, check_id
-from sandbox.usage import usage
+from sandbox.usage import Usage, usage
 from sandbox.workspace import Workspace
 
 log = logging.getLogger("sandbox")
@@ -48,7 +52,8 @@ _MAX_COMMAND = 120_000
 _MAX_FORBIDDEN = 10_000
 
 
-R = TypeVar("R", bound=ExecResult)
+R = TypeVar("R")
+C = TypeVar("C", bound=ExecResult)
 
 
 @dataclass
@@ -60,6 +65,10 @@ class _Entry:
     # Requests under way, and the end of the time that it may go without one.
     busy: int = 0
     idle: asyncio.TimerHandle | None = None
+    # What ran when it was paused; its agent cannot tell meanwhile.
+    look: Look | None = None
+    # Pausing, resuming and snapshots come one after another.
+    turn: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     def stop(self) -> None:
         """Cancels both timers."""
@@ -88,6 +97,7 @@ class Manager:
         self.metrics = Metrics(
             living=lambda: len(self._entries), waiting=lambda: len(self.pool.waiting)
         )
+        self.checkpoints = Checkpoints(backend, self.metrics)
         self._entries: dict[str, _Entry] = {}
         self._closing: dict[str, asyncio.Task[None]] = {}
         self._creating: set[str] = set()
@@ -103,6 +113,7 @@ class Manager:
         for box in adopted:
             self._keep(box, self.backend.store.left_s(box.info))
             self._record(box.info.id, "adopt")
+        await self.checkpoints.start()
 
     async def create(self, sandbox_id: str, spec: SandboxSpec) -> SandboxInfo:
         """Makes a sandbox that expires after the spec's lifetime.
@@ -122,6 +133,7 @@ class Manager:
             raise SandboxRefused(f"there is a sandbox {sandbox_id} already; choose another id.")
         self._creating.add(sandbox_id)
         try:
+            await self.checkpoints.check(spec)
             return await self._create(sandbox_id, spec)
         finally:
             self._creating.discard(sandbox_id)
@@ -159,13 +171,14 @@ class Manager:
         """Claims or makes a sandbox; the intent is in the log before, the outcome after."""
         began = time.monotonic()
         limits = dataclasses.asdict(info.spec.limits)
-        facts = {"image": info.spec.image, "limits": limits, "labels": info.spec.labels}
-        self.backend.store.log(info.id, "create", **facts)
+        facts = {"image": info.spec.image, "snapshot": info.spec.snapshot, "limits": limits}
+        self.backend.store.log(info.id, "create", **facts, labels=info.spec.labels)
         try:
             box = await self.pool.claim(info)
             source = "new" if box is None else "pool"
             if box is None:
                 box = await self.backend.create(info)
+            await self.checkpoints.restore(box)
         except (SandboxError, OSError) as error:
             self._record(info.id, "fail", error=str(error))
             raise
@@ -215,11 +228,13 @@ class Manager:
     def usage(self) -> dict[str, dict[str, Any]]:
         """What each sandbox takes of the host now, by id."""
         agents = {i: entry.box.link.agent_pid or 0 for i, entry in self._entries.items()}
-        used = usage(agents.values(), minded=self.backend.isolation != "none")
+        # One that another service has paused has not dialled yet.
+        dialled = [agent for agent in agents.values() if agent]
+        used = usage(dialled, minded=self.backend.isolation != "none")
         return {
             sandbox_id: {
                 "state": self._state(self._entries[sandbox_id]),
-                **dataclasses.asdict(used[agent]),
+                **dataclasses.asdict(used.get(agent, Usage(0, 0))),
             }
             for sandbox_id, agent in agents.items()
         }
@@ -227,6 +242,8 @@ class Manager:
     def _state(self, entry: _Entry) -> str:
         if entry.box.link.is_lost:
             return "lost"
+        if entry.info.paused_at is not None:
+            return "paused"
         return "busy" if entry.busy else "idle"
 
     @contextlib.contextmanager
@@ -234,7 +251,7 @@ class Manager:
         self, sandbox_id: str, kind: str, path: str = "", *, writes: bool = False
     ) -> Iterator[Workspace]:
         """The files of a sandbox, for a transfer that the log names."""
-        entry = self._entry(sandbox_id)
+        entry = self._awake(sandbox_id)
         with entry.gate.writing() if writes else contextlib.nullcontext(), self._use(entry):
             self.backend.store.log(sandbox_id, kind, **({"path": path} if path else {}))
             yield entry.box.workspace
@@ -254,8 +271,8 @@ class Manager:
         )
 
     async def _command(
-        self, entry: _Entry, kind: str, facts: dict[str, Any], work: Callable[[], Awaitable[R]]
-    ) -> R:
+        self, entry: _Entry, kind: str, facts: dict[str, Any], work: Callable[[], Awaitable[C]]
+    ) -> C:
         """Waits for a command; the log has it before it runs, and how it ended."""
         sandbox_id, note = entry.info.id, self._record
         self.backend.store.log(sandbox_id, kind, **facts)
@@ -306,7 +323,7 @@ class Manager:
 
     async def close_session(self, sandbox_id: str, name: str) -> None:
         """Ends a session; one that is not there is no error."""
-        entry = self._entry(sandbox_id)
+        entry = self._awake(sandbox_id)
         check_session(name)
         self.backend.store.log(sandbox_id, "end", session=name)
         with self._use(entry):
@@ -315,6 +332,55 @@ class Manager:
     async def cancel(self, sandbox_id: str, operation: str) -> None:
         """Ends an operation that its caller has given up."""
         await self._entry(sandbox_id).box.link.cancel(operation)
+
+    async def pause(self, sandbox_id: str) -> SandboxInfo:
+        """Stops everything in a sandbox until it is resumed; one that is paused stays so."""
+        return await _whole(self._pause(self._entry(sandbox_id)))
+
+    async def _pause(self, entry: _Entry) -> SandboxInfo:
+        async with entry.turn:
+            if entry.info.paused_at is None:
+                look = await entry.box.look()
+                # Before it stands still: another service must know that it was meant to.
+                self._note_paused(entry, time.time())
+                try:
+                    await entry.box.freeze()
+                except BaseException:
+                    self._note_paused(entry, None)
+                    raise
+                entry.look = look
+                self.backend.store.log(entry.info.id, "pause")
+            return entry.info
+
+    async def resume(self, sandbox_id: str) -> SandboxInfo:
+        """Lets everything in a paused sandbox run on; one that runs does so."""
+        return await _whole(self._resume(self._entry(sandbox_id)))
+
+    async def _resume(self, entry: _Entry) -> SandboxInfo:
+        async with entry.turn:
+            if entry.info.paused_at is not None:
+                self.backend.store.log(entry.info.id, "resume")
+                await entry.box.thaw()
+                entry.look = None
+                self._note_paused(entry, None)
+            return entry.info
+
+    def _note_paused(self, entry: _Entry, at: float | None) -> None:
+        entry.info = entry.box.info = dataclasses.replace(entry.info, paused_at=at)
+        self.backend.store.update(entry.info)
+        self._rest(entry)
+
+    async def snapshot(self, sandbox_id: str) -> SnapshotInfo:
+        """Keeps the files and sessions of a sandbox, which stands still meanwhile."""
+        entry = self._entry(sandbox_id)
+        with self._use(entry):
+            async with entry.turn:
+                if entry.info.paused_at is not None and entry.look is None:
+                    raise SandboxPaused(
+                        f"sandbox {sandbox_id} was paused by a service that is gone, and with it "
+                        "what it knew of the sessions: resume it before a snapshot."
+                    )
+                return await self.checkpoints.take(entry.box, entry.look)
 
     def arm(self, sandbox_id: str, gates: Gates) -> None:
         """Sets the gates of a sandbox, once and for all."""
@@ -342,7 +408,7 @@ class Manager:
             SandboxGated: there is something to read yet.
             SandboxUnfinished: the finish check fails.
         """
-        entry = self._entry(sandbox_id)
+        entry = self._awake(sandbox_id)
         with entry.gate.ending() as finish_check:
             if finish_check is None:
                 return None
@@ -384,9 +450,15 @@ class Manager:
         except KeyError:
             raise SandboxGone(f"there is no sandbox {sandbox_id}; it may have expired.") from None
 
+    def _awake(self, sandbox_id: str) -> _Entry:
+        entry = self._entry(sandbox_id)
+        if entry.info.paused_at is not None:
+            raise SandboxPaused(f"sandbox {sandbox_id} is paused: resume it first.")
+        return entry
+
     def _working(self, sandbox_id: str) -> _Entry:
         """A sandbox whose gates let work through."""
-        entry = self._entry(sandbox_id)
+        entry = self._awake(sandbox_id)
         entry.gate.admit_work()
         return entry
 
@@ -405,7 +477,12 @@ class Manager:
         if entry.idle is not None:
             entry.idle.cancel()
         idle_s = entry.info.spec.idle_s
-        if idle_s is not None and self._entries.get(entry.info.id) is entry:
+        # Whoever pauses one will come back: it is not idle.
+        if (
+            entry.info.paused_at is None
+            and idle_s is not None
+            and self._entries.get(entry.info.id) is entry
+        ):
             loop = asyncio.get_running_loop()
             entry.idle = loop.call_later(idle_s, self._end_idle, entry)
 
@@ -450,6 +527,11 @@ class Manager:
             raise
         finally:
             self._closing.pop(entry.info.id, None)
+
+
+async def _whole(work: Coroutine[Any, Any, R]) -> R:
+    """Does something to its end, also if whoever waits for it goes away."""
+    return await asyncio.shield(asyncio.ensure_future(work))
 
 
 def _check_size(entry: _Entry, command: str, env: Mapping[str, str]) -> None:

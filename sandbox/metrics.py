@@ -42,6 +42,13 @@ class Metrics:
             buckets=_COMMAND_S,
             registry=registry,
         )
+        self.snapshots = Histogram(
+            "klong_sandbox_snapshot_seconds",
+            "Time of snapshots by what is done: take, or restore (in a creation).",
+            ["action"],
+            buckets=_CREATION_S,
+            registry=registry,
+        )
         self.rejections = Counter(
             "klong_sandbox_rejections",
             "Requests that were answered with an error, by its kind.",

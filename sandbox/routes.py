@@ -94,6 +94,12 @@ def create_app(
             web.post(f"{box}/reading/{{part}}", _take),
             web.post(f"{box}/end", _end),
             web.get(f"{box}/log", _log),
+            web.post(f"{box}/pause", _pause),
+            web.post(f"{box}/resume", _resume),
+            web.post(f"{box}/snapshots", _snapshot),
+            web.get("/snapshots", _snapshots),
+            web.get("/snapshots/{digest}", _show_snapshot),
+            web.delete("/snapshots/{digest}", _delete_snapshot),
             web.get(f"{box}/files", _read),
             web.put(f"{box}/files", _write),
             web.get(f"{box}/archive", _download),
@@ -295,6 +301,35 @@ async def _run(request: web.Request) -> web.StreamResponse:
 async def _close_session(request: web.Request) -> web.Response:
     match = request.match_info
     await request.app[_MANAGER].close_session(match["id"], match["name"])
+    return web.json_response({})
+
+
+async def _pause(request: web.Request) -> web.Response:
+    return web.json_response(to_json(await request.app[_MANAGER].pause(request.match_info["id"])))
+
+
+async def _resume(request: web.Request) -> web.Response:
+    return web.json_response(to_json(await request.app[_MANAGER].resume(request.match_info["id"])))
+
+
+async def _snapshot(request: web.Request) -> web.Response:
+    info = await request.app[_MANAGER].snapshot(request.match_info["id"])
+    return web.json_response(to_json(info), status=201)
+
+
+async def _snapshots(request: web.Request) -> web.Response:
+    found = await asyncio.to_thread(request.app[_MANAGER].checkpoints.stored.list)
+    return web.json_response({"snapshots": [to_json(info) for info in found]})
+
+
+async def _show_snapshot(request: web.Request) -> web.Response:
+    stored, digest = request.app[_MANAGER].checkpoints.stored, request.match_info["digest"]
+    return web.json_response(to_json(await asyncio.to_thread(stored.info, digest)))
+
+
+async def _delete_snapshot(request: web.Request) -> web.Response:
+    stored, digest = request.app[_MANAGER].checkpoints.stored, request.match_info["digest"]
+    await asyncio.to_thread(stored.delete, digest)
     return web.json_response({})
 
 

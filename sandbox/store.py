@@ -68,6 +68,7 @@ class Store:
         Raises:
             SandboxUnavailable: it cannot be opened, or is not such a file.
         """
+        self.path = path
         self._kept, self._appended = kept, 0
         self._to_forget: set[str] = set()
         try:
@@ -162,6 +163,29 @@ class Store:
         # Of an earlier service that had the time of day alone.
         left_s = row[0] - time.monotonic() if row else info.expires_at - time.time()
         return min(max(0.0, left_s), info.spec.lifetime_s)
+
+    def begin(self, sandbox_id: str) -> None:
+        """Notes that a caller's sandbox is not whole yet; as one that waits, it is not adopted."""
+        self._execute(
+            "INSERT OR IGNORE INTO waiting SELECT box FROM sandboxes "
+            "WHERE json_extract(info, '$.id') = ?",
+            (sandbox_id,),
+        )
+
+    def finish(self, sandbox_id: str) -> None:
+        """Notes that a caller's sandbox is whole."""
+        self._execute(
+            "DELETE FROM waiting WHERE box IN "
+            "(SELECT box FROM sandboxes WHERE json_extract(info, '$.id') = ?)",
+            (sandbox_id,),
+        )
+
+    def update(self, info: SandboxInfo) -> None:
+        """Replaces what callers see of a sandbox."""
+        self._execute(
+            "UPDATE sandboxes SET info = ? WHERE json_extract(info, '$.id') = ?",
+            (json.dumps(to_json(info)), info.id),
+        )
 
     def arm(self, sandbox_id: str, gates: Gates) -> None:
         """Notes a sandbox's gates, of which nothing is taken yet."""

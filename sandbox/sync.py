@@ -128,6 +128,9 @@ class SyncSandbox(_Blocking[Sandbox]):
     arm = _blocking(Sandbox.arm)
     take_part = _blocking(Sandbox.take_part)
     end = _blocking(Sandbox.end)
+    pause = _blocking(Sandbox.pause)
+    resume = _blocking(Sandbox.resume)
+    snapshot = _blocking(Sandbox.snapshot)
 
     @property
     def id(self) -> str:
@@ -164,6 +167,8 @@ class SyncSandboxClient(_Blocking[SandboxClient]):
     list = _blocking(SandboxClient.list)
     usage = _blocking(SandboxClient.usage)
     log = _blocking(SandboxClient.log)
+    snapshots = _blocking(SandboxClient.snapshots)
+    delete_snapshot = _blocking(SandboxClient.delete_snapshot)
 
     def create(self, spec: SandboxSpec | None = None) -> SyncSandbox:
         """Makes a sandbox; without a spec, one with the default limits."""

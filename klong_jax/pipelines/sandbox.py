@@ -19,6 +19,11 @@ _USAGE = {
     "doctor": "klong sandbox doctor",
     "image": "klong sandbox image build [slim | research | layer], image list, image prune or "
     "image check NAME",
+    "pause": "klong sandbox pause ID ...",
+    "resume": "klong sandbox resume ID ...",
+    "snapshot": "klong sandbox snapshot ID",
+    "snapshots": "klong sandbox snapshots",
+    "drop": "klong sandbox drop DIGEST ...",
 }
 
 
@@ -31,12 +36,8 @@ def run(settings: SandboxConfig, *words: str) -> int:
     action, *names = words or ("serve",)
     if action not in _USAGE:
         raise UserError(f"there is no klong sandbox {action}; choose one of {', '.join(_USAGE)}")
-    expected = {
-        "exec": len(names) == 2,
-        "logs": len(names) == 1,
-        "rm": len(names) >= 1,
-        "image": len(names) >= 1,
-    }
+    expected = {"exec": len(names) == 2, "logs": len(names) == 1, "snapshot": len(names) == 1}
+    expected |= dict.fromkeys(("rm", "pause", "resume", "drop", "image"), len(names) >= 1)
     if not expected.get(action, not names):
         raise UserError(f"write {_USAGE[action]}")
     token = None
@@ -100,5 +101,10 @@ async def _ask(
             "exec": lambda: admin.execute(client, *names, timeout_s=settings.timeout_s),
             "logs": lambda: admin.logs(client, *names),
             "rm": lambda: admin.remove(client, names),
+            "pause": lambda: admin.pause(client, names),
+            "resume": lambda: admin.resume(client, names),
+            "snapshot": lambda: admin.snapshot(client, *names),
+            "snapshots": lambda: admin.snapshots(client),
+            "drop": lambda: admin.drop(client, names),
         }
         return await answers[action]()

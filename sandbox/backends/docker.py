@@ -30,11 +30,13 @@ from sandbox.backends.base import (
     AGENT_DIR,
     LINE_DIR,
     Box,
+    Freezer,
     agent_arguments,
     await_agent,
     clear,
     install_agent,
     open_link,
+    open_tree,
     open_workspace,
     shm_bytes,
 )
@@ -234,15 +236,41 @@ class DockerBackend:
             raise SandboxRefused(f"{_NO_PYTHON} It said: {said.decode(errors='replace').strip()}")
         spec = record.info.spec
         link = open_link(directory, spec, record.uid)
+        freezer = self._freezer(_name(directory.name))
         await await_agent(
-            link, record.pid, lambda pid: pid == record.pid, patience_s=patience_s, said=str
+            link,
+            record.pid,
+            lambda pid: pid == record.pid,
+            freezer,
+            paused=record.info.paused_at is not None,
+            patience_s=patience_s,
+            said=str,
         )
 
         async def close() -> None:
             await self._discard(directory, record)
 
         workspace = open_workspace(directory, spec, record.uid)
-        return Box(record.info, workspace, link, close=close)
+        tree = open_tree(directory, spec.limits, record.uid)
+        return Box(record.info, workspace, link, close=close, freezer=freezer, tree=tree)
+
+    def _freezer(self, container: str) -> Freezer:
+        api = self.client.api
+
+        async def is_paused() -> bool:
+            state = (await self._call(api.inspect_container, container))["State"]
+            return bool(state["Paused"])
+
+        async def freeze() -> None:
+            if not await is_paused():
+                await self._call(api.pause, container)
+
+        async def thaw() -> None:
+            with suppress(SandboxGone):
+                if await is_paused():
+                    await self._call(api.unpause, container)
+
+        return Freezer(freeze, thaw)
 
     async def _discard(self, directory: Path, record: owner.Record | None) -> None:
         await self._removals.run(functools.partial(self._remove, directory, record))

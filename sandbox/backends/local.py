@@ -20,11 +20,13 @@ from sandbox.backends.base import (
     AGENT_DIR,
     LINE_DIR,
     Box,
+    Freezer,
     agent_arguments,
     await_agent,
     clear,
     install_agent,
     open_link,
+    open_tree,
     open_workspace,
     shm_bytes,
 )
@@ -170,11 +172,17 @@ class LocalBackend:
         session = record.pid if record is not None and record.is_alive else None
         uid = None if record is None else record.uid
         marker = f"{_MARKER}={directory.name}".encode()
+        # What is frozen does not die of being killed.
+        if (freezer := self._freezer(directory)) is not None:
+            await freezer.thaw()
         await kill_all(Members(marker, session=session, uid=uid))
         if self.cgroups:
             await self.cgroups.remove(directory.name)
         await disk.unmount(directory)
         await clear(directory, self.store)
+
+    def _freezer(self, directory: Path) -> Freezer | None:
+        return self.cgroups.freezer(directory.name) if self.cgroups else None
 
     async def _attach(
         self,
@@ -191,8 +199,15 @@ class LocalBackend:
             # Bubblewrap itself stays outside and has one child.
             return record.pid == (_parent(pid) if isolated else pid)
 
+        freezer = self._freezer(directory)
         await await_agent(
-            link, record.pid, is_agent, patience_s=patience_s, said=lambda: _last(directory)
+            link,
+            record.pid,
+            is_agent,
+            freezer,
+            paused=record.info.paused_at is not None,
+            patience_s=patience_s,
+            said=lambda: _last(directory),
         )
 
         async def close() -> None:
@@ -207,6 +222,9 @@ class LocalBackend:
             close=close,
             root="/workspace" if isolated else str(directory / "data/workspace"),
             prelude=self._prelude(spec.limits),
+            freezer=freezer,
+            tree=open_tree(directory, spec.limits, record.uid),
+            places=None if isolated else _places(directory),
         )
 
     def _launch(
@@ -269,6 +287,16 @@ class LocalBackend:
 def bubblewrap_problem() -> str | None:
     """Why sandboxes cannot be isolated by bubblewrap here, or None."""
     return bubblewrap.problem(_drop(owner.FIRST_UID if os.geteuid() == 0 else None))
+
+
+def _places(directory: Path) -> dict[str, str]:
+    """Where a sandbox that is not isolated has what others have in fixed places."""
+    data = directory / "data"
+    return {
+        "/workspace": str(data / "workspace"),
+        bubblewrap.ENV["HOME"]: str(data / "home"),
+        "/tmp": str(data / "tmp"),
+    }
 
 
 def _parent(pid: int) -> int | None:

@@ -185,6 +185,8 @@ class Storm:
             if box is None or not self._kill_box(box, victim):
                 return
         self.outcome.kills[victim] += 1
+        with (self.folder / "kills.log").open("a") as log:
+            print(f"{time.time():.3f} {victim} {slot}", file=log)
 
     def _kill_service(self) -> None:
         """Also while it starts, but not so often that it never comes up."""

@@ -30,7 +30,7 @@ from sandbox.client import (
 )
 
 # The service is expected back, however busy the machine.
-RECONNECT_S = 90.0
+RECONNECT_S = 300.0
 
 # Of how many slots one has a disk of its own.
 DISK_EVERY = 4

@@ -264,7 +264,10 @@ class CorporaConfig(Section):
 
 
 class SandboxConfig(Section):
-    """Sandboxes. Words before settings: serve, ps, exec ID .., logs ID, rm ID, doctor, image .."""
+    """Sandboxes. Words before settings: serve, ps, exec ID COMMAND, logs ID, rm ID ..., doctor ...
+
+    More words: image ..., pause ID ..., resume ID ..., snapshot ID, snapshots, drop DIGEST ...
+    """
 
     backend: Literal["local", "docker"]
     """What sandboxes are made of."""
@@ -286,7 +289,7 @@ class SandboxConfig(Section):
     """Of serve: megabytes that a sandbox which asks for no quota may write; 0 sets none, null is
     10 GB where this host can hold a quota."""
     url: str | None
-    """Of ps, exec, logs and rm: the service to ask; null is the one at host and port."""
+    """Of all but serve and doctor: the service to ask; null is the one at host and port."""
     timeout_s: float = Field(gt=0)
     """Of exec: seconds until its command is killed."""
     image: str
