@@ -120,14 +120,24 @@ class Connection(server.LiveConnectionHandler):
             if decide is not None:
                 try:
                     await decide(self, data)
-                except Exception:
-                    log.exception("sandbox %s: %s fails", self.box.name, hook.name)
-                    self.transports[self.client].writer.close()
-                    raise
+                except Exception as error:
+                    if not isinstance(error, ConnectionAbortedError):
+                        log.exception("sandbox %s: %s fails", self.box.name, hook.name)
+                    self._abort()
+                    # The hook never ends, so what waits for it never goes on.
+                    raise asyncio.CancelledError from error
             # Swallows the errors of addons, which is why the gate is none.
             await self._addons.handle_lifecycle(hook)
             if isinstance(data, flow.Flow):
                 await data.wait_for_resume()
+
+    def _abort(self) -> None:
+        """Ends the connection and all that it has opened."""
+        client = self.transports.get(self.client)
+        if client is not None:
+            client.writer.close()
+            if client.handler is not None:
+                client.handler.cancel()
 
     def guard(self, connection: Any) -> None:
         """Bounds what an upstream server may send before the head of an answer is whole."""
@@ -138,3 +148,5 @@ class Connection(server.LiveConnectionHandler):
         """Says what is wrong with the engine itself; what a sandbox does is in the audit."""
         if level >= logging.ERROR:
             log.log(level, "sandbox %s: %s", self.box.name, message, exc_info=exc_info)
+            # mitmproxy itself would leave it open, and its server's.
+            self._abort()

@@ -30,7 +30,7 @@ if __name__ == "__main__":
 
 import certifi
 from mitmproxy import master, options, version
-from mitmproxy.addons import core, disable_h2c, next_layer, proxyserver, tlsconfig
+from mitmproxy.addons import core, next_layer, proxyserver, tlsconfig
 
 from sandbox.egress.audit import Audit
 from sandbox.egress.connection import Box, Connection
@@ -67,7 +67,6 @@ class Engine:
             core.Core(),
             proxyserver.Proxyserver(),
             next_layer.NextLayer(),
-            disable_h2c.DisableH2C(),
             certificates,
         )
         with open(directory / "lock", "w") as lock:
@@ -179,6 +178,17 @@ class Orders:
             self._lines.put_nowait(None)
 
 
+class Few(logging.Filter):
+    """Lets the first records pass: a sandbox can cause any number, and they go to a file."""
+
+    _left = 1_000
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether there is room for one more."""
+        self._left -= 1
+        return self._left >= 0
+
+
 def _become(user: int) -> None:
     """Gives up root for a user that owns nothing: what is parsed here is hostile.
 
@@ -214,5 +224,8 @@ async def main(settings: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    handler = logging.StreamHandler()
+    handler.addFilter(Few())
+    form = "%(levelname)s %(name)s: %(message)s"
+    logging.basicConfig(level=logging.WARNING, format=form, handlers=[handler])
     asyncio.run(main(json.loads(sys.argv[1])))

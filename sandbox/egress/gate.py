@@ -45,7 +45,7 @@ class Gate:
         """Ends a handshake that no tunnel announced."""
         data.ignore_connection = False
         if connection.tunnel is None:
-            raise ValueError("TLS outside of a tunnel")
+            raise ConnectionAbortedError
 
     async def requestheaders(self, connection: Connection, flow: http.HTTPFlow) -> None:
         """Judges a request before anything of it goes out."""

@@ -303,6 +303,18 @@ def _() -> str:
     return "works again" if ask(OPEN, "/a") == "reached /a" else "does not"
 
 
+@attack("speak TLS to the proxy itself, time and again", "cut off, reached /a", "a tunnel first")
+def _() -> str:
+    words = []
+    for _ in range(120):
+        try:
+            with ssl.create_default_context().wrap_socket(_dial(), server_hostname=OPEN):
+                words.append("let in")
+        except OSError:
+            words.append("cut off")
+    return _all(*words, ask(OPEN, "/a"))
+
+
 @attack("kill the relay", "works again", "the agent starts another")
 def _() -> str:
     killed, own, pid = 0, {1}, os.getpid()
