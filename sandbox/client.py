@@ -30,6 +30,7 @@ from sandbox.api import (
     to_json,
 )
 from sandbox.errors import (
+    SandboxEgressDown,
     SandboxEnded,
     SandboxError,
     SandboxFileMissing,
@@ -46,16 +47,18 @@ from sandbox.errors import (
     SandboxUnavailable,
     SandboxUnfinished,
 )
-from sandbox.spec import Gates, Limits, SandboxSpec, new_id
+from sandbox.spec import Egress, Gates, Limits, SandboxSpec, new_id
 from sandbox.transport import OnOutput, Transport
 
 __all__ = [
+    "Egress",
     "Event",
     "ExecResult",
     "Gates",
     "Limits",
     "Sandbox",
     "SandboxClient",
+    "SandboxEgressDown",
     "SandboxEnded",
     "SandboxError",
     "SandboxFileMissing",

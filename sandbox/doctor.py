@@ -8,6 +8,7 @@ from pathlib import Path
 
 from sandbox.backends import bubblewrap, cgroups
 from sandbox.backends.local import bubblewrap_problem
+from sandbox.egress import install
 
 _PATIENCE_S = 10
 
@@ -44,6 +45,7 @@ def findings(image: str) -> Iterator[Finding]:
     """
     yield _bubblewrap()
     yield _control_groups()
+    yield _egress()
     yield from _docker(image)
 
 
@@ -79,6 +81,13 @@ def _control_groups() -> Finding:
         return Finding("control groups", "", f"{without} Run as root, or where they are writable.")
     said = "The local backend limits memory, processes and CPU of a sandbox as a whole."
     return Finding("control groups", f"version {groups.version}", said)
+
+
+def _egress() -> Finding:
+    if install.is_complete():
+        said = "Sandboxes can reach what their egress policy allows."
+        return Finding("egress engine", str(install.directory()), said)
+    return Finding("egress engine", "", f"Sandboxes have no egress: {install.REMEDY}.")
 
 
 def _docker(image: str) -> Iterator[Finding]:

@@ -44,6 +44,9 @@ log = logging.getLogger("sandbox")
 # Where the agent's code and the service's socket are inside.
 AGENT_DIR, LINE_DIR = "/run/klong/agent", "/run/klong/line"
 
+# Where commands find the relay to the egress proxy, on the loopback of their sandbox.
+RELAY_PORT = 3128
+
 # The agent ends a sandbox that its service should have ended this long ago.
 _LATE_S = 2.0
 
@@ -96,12 +99,19 @@ class Box:
         self.info, self.workspace, self.link = info, workspace, link
         self.freezer, self.tree = freezer, tree
         self._close, self._root, self._prelude = close, root, prelude
+        # Variables of every command, below those of the spec.
+        self.env: Mapping[str, str] = {}
         self._threads = thread_variables(info.spec.limits)
         self._places = places or {}
         # Who wants it to stand still: its owner, a snapshot.
         self._holds = 1 if info.paused_at is not None else 0
         self._freezing = asyncio.Lock()
         self.is_closed = False
+
+    @property
+    def _env(self) -> dict[str, str]:
+        """Variables of every command and session."""
+        return {**self._threads, **self.env, **self.info.spec.env}
 
     async def exec(self, request: ExecRequest, on_output: OnOutput | None = None) -> ExecResult:
         """Runs one command; everything it started is dead when this returns or is cancelled."""
@@ -111,7 +121,7 @@ class Box:
         header = {
             "op": "exec",
             "argv": argv,
-            "env": {**self._threads, **self.info.spec.env, **request.env},
+            "env": {**self._env, **request.env},
             "cwd": self._cwd(request.cwd),
             "timeout": request.timeout_s,
             "keep": request.output_bytes or self.info.spec.limits.output_bytes,
@@ -125,7 +135,7 @@ class Box:
         header = {
             "op": "open",
             "session": name,
-            "env": {**self._threads, **self.info.spec.env, **request.env},
+            "env": {**self._env, **request.env},
             "cwd": self._cwd(request.cwd),
             "prelude": self._prelude,
             "keep": self.info.spec.limits.output_bytes,
@@ -147,7 +157,7 @@ class Box:
 
     async def look(self) -> Look:
         """What runs now; sessions whose shells are busy do not tell all."""
-        header = {"op": "look", "env": dict(self.info.spec.env), "limit": MAX_LOOK // 2}
+        header = {"op": "look", "env": self._env, "limit": MAX_LOOK // 2}
         return read_look(*await self.link.call(header, timeout_s=GRACE_S), self._places)
 
     async def replay(self, shell: Shell) -> None:
@@ -155,7 +165,7 @@ class Box:
         header = {
             "op": "open",
             "session": shell.name,
-            "env": dict(self.info.spec.env),
+            "env": self._env,
             "prelude": self._prelude,
             "keep": self.info.spec.limits.output_bytes,
         }
@@ -322,7 +332,8 @@ def agent_arguments(
         durable: Whether it outlives its service.
     """
     lifetime_s = info.spec.lifetime_s + _LATE_S
-    return [*python, line, repr(lifetime_s), repr(lifetime_s if durable else 0.0)]
+    relay = [str(RELAY_PORT)] if info.spec.egress is not None else []
+    return [*python, line, repr(lifetime_s), repr(lifetime_s if durable else 0.0), *relay]
 
 
 def open_link(directory: Path, spec: SandboxSpec, owner: int | None) -> Link:
