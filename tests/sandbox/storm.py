@@ -338,10 +338,13 @@ class Storm:
             for pid, said in processes([state, self.sleep, *ids])
             if pid not in mine
         ]
-        kept = {"store.db", "store.db-wal", "store.db-shm"}
+        # A service's end leaves the store, and where snapshots are, of which there are none.
+        kept = {"store.db", "store.db-wal", "store.db-shm", "snapshots"}
         for path in self.state_dir.glob("*/*"):
             if path.name not in kept and not service_lives:
                 left.append(f"directory {path}")
+        files = (path for path in self.state_dir.glob("*/snapshots/**/*") if path.is_file())
+        left += [f"of a snapshot {path}" for path in files]
         left += [f"directory {path}" for path in self.state_dir.glob("*/*/sb-*")]
         left += [f"socket {path}" for path in self.state_dir.rglob("*.sock")]
         return left
