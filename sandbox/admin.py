@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 from sandbox.api import Event, SandboxInfo
 from sandbox.client import SandboxClient
 from sandbox.doctor import findings
+from sandbox.table import print_table, span
 
 TIMED_OUT = 124
 """Exit status of a command that was killed at its time limit, as of coreutils' `timeout`."""
@@ -23,15 +24,15 @@ async def ps(client: SandboxClient) -> None:
     now = time.time()
     # One made between the two answers has no usage yet; one closed between them is no more.
     rows = [_row(info, usage[info.id], now) for info in infos if info.id in usage]
-    _print_table([_HEADINGS, *rows])
+    print_table([_HEADINGS, *rows])
 
 
 def _row(info: SandboxInfo, used: dict[str, Any], now: float) -> tuple[str, ...]:
     return (
         info.id,
         used["state"],
-        _span(now - info.created_at),
-        _span(max(0.0, info.expires_at - now)),
+        span(now - info.created_at),
+        span(max(0.0, info.expires_at - now)),
         str(used["processes"]),
         f"{used['memory_bytes'] / 1e6:.1f} MB",
         info.spec.image or f"({info.isolation})",
@@ -101,7 +102,7 @@ async def snapshots(client: SandboxClient) -> None:
     rows = [
         (
             info.digest,
-            _span(max(0.0, now - info.created_at)),
+            span(max(0.0, now - info.created_at)),
             str(info.files),
             f"{info.bytes / 1e6:.1f} MB",
             str(len(info.sessions)),
@@ -109,7 +110,7 @@ async def snapshots(client: SandboxClient) -> None:
         )
         for info in await client.snapshots()
     ]
-    _print_table([("DIGEST", "AGE", "FILES", "SIZE", "SESSIONS", "OF"), *rows])
+    print_table([("DIGEST", "AGE", "FILES", "SIZE", "SESSIONS", "OF"), *rows])
 
 
 async def drop(client: SandboxClient, digests: Iterable[str]) -> None:
@@ -122,7 +123,7 @@ async def drop(client: SandboxClient, digests: Iterable[str]) -> None:
 def doctor(image: str) -> None:
     """Prints what this host can do for sandboxes."""
     rows = [(one.name, one.found or "missing", one.allows) for one in findings(image)]
-    _print_table([("WHAT", "FOUND", "WHAT THAT MEANS"), *rows])
+    print_table([("WHAT", "FOUND", "WHAT THAT MEANS"), *rows])
 
 
 def describe(event: Event) -> str:
@@ -135,17 +136,3 @@ def describe(event: Event) -> str:
         if value not in (None, False, {}, ".")
     )
     return f"{clock}.{int(event.at % 1 * 1000):03d}  {event.kind:<8} {facts}".rstrip()
-
-
-def _span(seconds: float) -> str:
-    for size, unit in ((86_400, "d"), (3_600, "h"), (60, "min")):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.0f} {unit}"
-    return f"{seconds:.0f} s"
-
-
-def _print_table(rows: Sequence[Sequence[str]]) -> None:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        print("  ".join(cells).rstrip())

@@ -5,6 +5,7 @@ The service answers `{"error": sentence, "kind": kind}`; the client raises the c
 
 from __future__ import annotations
 
+import errno
 from typing import Any, ClassVar
 
 
@@ -13,6 +14,8 @@ class SandboxError(Exception):
 
     kind: ClassVar[str] = "failed"
     status: ClassVar[int] = 500
+    infra: ClassVar[bool] = True
+    """Whether service or host failed, and not who asked: no reason to grade an agent by it."""
 
     def __init__(self, sentence: str = "", **facts: Any) -> None:
         """Says it in one sentence; `facts` are what a program may want of it, in JSON."""
@@ -25,6 +28,7 @@ class SandboxRefused(SandboxError):
 
     kind = "refused"
     status = 400
+    infra = False
 
 
 class SandboxTooLarge(SandboxRefused):
@@ -39,6 +43,7 @@ class SandboxUnauthorised(SandboxRefused):
 
     kind = "unauthorised"
     status = 401
+    infra = True
 
 
 class SandboxGated(SandboxRefused):
@@ -66,6 +71,7 @@ class SandboxFileMissing(SandboxError):
 
     kind = "file_missing"
     status = 404
+    infra = False
 
 
 class SandboxGone(SandboxError):
@@ -86,6 +92,7 @@ class SandboxSessionEnded(SandboxError):
 
     kind = "session_ended"
     status = 404
+    infra = False
 
 
 class SandboxPaused(SandboxError):
@@ -133,3 +140,24 @@ _CLASSES: tuple[type[SandboxError], ...] = (
     SandboxSnapshotDamaged,
 )
 BY_KIND: dict[str, type[SandboxError]] = {cls.kind: cls for cls in _CLASSES}
+
+_REMEDIES = {
+    errno.ENOSPC: "free space on the disk of its state and temporary directories",
+    errno.EDQUOT: "raise the disk quota of the service's user",
+    errno.EAGAIN: "close sandboxes, or raise the limit of processes of the service",
+    errno.ENOMEM: "close sandboxes, or give the service more memory",
+    errno.EMFILE: "raise the limit of open files of the service (ulimit -n)",
+    errno.ENFILE: "raise the host's limit of open files (fs.file-max)",
+}
+
+
+def host_fault(error: OSError | RuntimeError) -> SandboxError:
+    """What an error of the operating system means for who uses a sandbox."""
+    if isinstance(error, OSError):
+        number, said = error.errno, error.strerror or str(error)
+    else:
+        # All that Python says when there is no room for another thread.
+        number, said = errno.EAGAIN if "new thread" in str(error) else None, str(error)
+    if number in _REMEDIES:
+        return SandboxUnavailable(f"the sandbox host fails: {said}; {_REMEDIES[number]}.")
+    return SandboxError(f"the sandbox host fails: {said}; the service's log says more.")

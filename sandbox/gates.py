@@ -29,6 +29,7 @@ class Gate:
         self._store, self._id = store, sandbox_id
         gates, taken, ended = store.gates(sandbox_id) or (None, set(), False)
         self._is_armed, self._ended, self._ends = gates is not None, ended, 0
+        self._writes = 0
         self._parts = len(gates.reading) if gates else 0
         self._taken: set[int] = taken
 
@@ -74,6 +75,16 @@ class Gate:
             raise SandboxGated(f"sandbox {self._id} is being ended; wait for what comes of it.")
         self._check_reading()
 
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """Lets a transfer of files through as work; until it is over nothing ends."""
+        self.admit_work()
+        self._writes += 1
+        try:
+            yield
+        finally:
+            self._writes -= 1
+
     def _check_reading(self) -> None:
         unread = [part for part in range(1, self._parts + 1) if part not in self._taken]
         if unread:
@@ -86,9 +97,11 @@ class Gate:
         """Keeps new work out meanwhile; yields the finish check, None if the end was before.
 
         Raises:
-            SandboxGated: something must be read first.
+            SandboxGated: something must be read first, or files are being written.
         """
         self._check_reading()
+        if self._writes:
+            raise SandboxGated(f"files of sandbox {self._id} are being written; wait for that.")
         self._ends += 1
         try:
             known = self._store.gates(self._id)

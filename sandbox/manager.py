@@ -7,8 +7,9 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Awaitable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 from sandbox.api import (
@@ -79,20 +80,24 @@ class _Entry:
 class Manager:
     """Creates, finds and removes sandboxes on one event loop."""
 
-    def __init__(self, backend: Backend, *, pool: int = 0, pool_idle_s: float = 600.0) -> None:
+    def __init__(
+        self, backend: Backend, *, pool: int = 0, pool_idle_s: float = 600.0, disk_mb: int = 0
+    ) -> None:
         """Keeps the sandboxes of a backend; `start` starts it.
 
         Args:
             backend: Not started yet.
             pool: Sandboxes that are kept ready, of the kinds asked for last.
             pool_idle_s: Seconds that one is kept ready.
+            disk_mb: `limits.disk_mb` of sandboxes that ask for none; 0 leaves them without.
         """
+        self._disk_mb = disk_mb
         self.backend = backend
         self.pool = Pool(backend, size=pool, idle_s=pool_idle_s, on_idle=self._reaped)
         self.metrics = Metrics(
             living=lambda: len(self._entries), waiting=lambda: len(self.pool.waiting)
         )
-        self.checkpoints = Checkpoints(backend, self.metrics)
+        self.checkpoints = Checkpoints(backend, self.metrics, record=self._record)
         self._entries: dict[str, _Entry] = {}
         self._closing: dict[str, asyncio.Task[None]] = {}
         self._creating: set[str] = set()
@@ -102,9 +107,12 @@ class Manager:
 
     async def start(self) -> None:
         """Starts the backend; the sandboxes that it adopts are kept from now on."""
-        for box in await self.backend.start():
-            self._keep(box)
-            self.backend.store.log(box.info.id, "adopt")
+        adopted = await self.backend.start()
+        self.metrics.reaps.labels("orphaned").inc(self.backend.reaped)
+        self.metrics.adoptions.inc(len(adopted))
+        for box in adopted:
+            self._keep(box, self.backend.store.left_s(box.info))
+            self._record(box.info.id, "adopt")
         await self.checkpoints.start()
 
     async def create(self, sandbox_id: str, spec: SandboxSpec) -> SandboxInfo:
@@ -116,6 +124,7 @@ class Manager:
         if self._shut:
             raise SandboxUnavailable("the sandbox service is shutting down.")
         check_id(sandbox_id)
+        spec = self._with_quota(spec)
         if sandbox_id in self._forbidden:
             raise SandboxGone(f"sandbox {sandbox_id} was closed already.")
         if (entry := self._entries.get(sandbox_id)) and entry.info.spec == spec:
@@ -129,8 +138,14 @@ class Manager:
         finally:
             self._creating.discard(sandbox_id)
 
+    def _with_quota(self, spec: SandboxSpec) -> SandboxSpec:
+        if spec.limits.disk_mb is not None or not self._disk_mb:
+            return spec
+        limits = dataclasses.replace(spec.limits, disk_mb=self._disk_mb)
+        return dataclasses.replace(spec, limits=limits)
+
     async def _create(self, sandbox_id: str, spec: SandboxSpec) -> SandboxInfo:
-        now = time.time()
+        now, began = time.time(), time.monotonic()
         info = SandboxInfo(
             id=sandbox_id,
             backend=self.backend.name,
@@ -149,16 +164,16 @@ class Manager:
         if sandbox_id in self._forbidden:
             self._start_undo(sandbox_id, creation)
             raise SandboxGone(f"sandbox {sandbox_id} was closed meanwhile.")
-        self._keep(box)
+        self._keep(box, spec.lifetime_s - (time.monotonic() - began))
         return info
 
     async def _make(self, info: SandboxInfo) -> Box:
         """Claims or makes a sandbox; the intent is in the log before, the outcome after."""
-        note = self.backend.store.log
         began = time.monotonic()
         limits = dataclasses.asdict(info.spec.limits)
-        facts = {"image": info.spec.image, "snapshot": info.spec.snapshot}
-        note(info.id, "create", **facts, limits=limits, labels=info.spec.labels)
+        what = {"image": info.spec.image, "snapshot": info.spec.snapshot}
+        facts = {**what, "limits": limits, "labels": info.spec.labels}
+        self.backend.store.log(info.id, "create", **facts)
         try:
             box = await self.pool.claim(info)
             source = "new" if box is None else "pool"
@@ -166,17 +181,23 @@ class Manager:
                 box = await self.backend.create(info)
             await self.checkpoints.restore(box)
         except (SandboxError, OSError) as error:
-            note(info.id, "fail", error=str(error))
+            self._record(info.id, "fail", error=str(error))
             raise
         self.pool.want(info.spec)
         seconds = time.monotonic() - began
-        note(info.id, "ready", source=source, seconds=round(seconds, 6))
+        self._record(info.id, "ready", source=source, seconds=round(seconds, 6))
         self.metrics.creations.labels(source).observe(seconds)
         return box
 
-    def _keep(self, box: Box) -> None:
+    def _record(self, sandbox_id: str, kind: str, **facts: Any) -> None:
+        """Logs what has happened already; what may not be logged is not begun, but this is done."""
+        try:
+            self.backend.store.log(sandbox_id, kind, **facts)
+        except SandboxUnavailable as error:
+            log.warning("sandbox %s: %s %s is not logged: %s", sandbox_id, kind, facts, error)
+
+    def _keep(self, box: Box, left_s: float) -> None:
         gate = Gate(self.backend.store, box.info.id)
-        left_s = max(0.0, box.info.expires_at - time.time())
         loop = asyncio.get_running_loop()
         expiry = loop.call_later(left_s, self._expire, box.info.id)
         entry = self._entries[box.info.id] = _Entry(box.info, box, gate, expiry)
@@ -226,14 +247,15 @@ class Manager:
             return "paused"
         return "busy" if entry.busy else "idle"
 
+    @contextlib.contextmanager
     def workspace(
         self, sandbox_id: str, kind: str, path: str = "", *, writes: bool = False
-    ) -> Workspace:
+    ) -> Iterator[Workspace]:
         """The files of a sandbox, for a transfer that the log names."""
-        entry = self._working(sandbox_id) if writes else self._awake(sandbox_id)
-        self.backend.store.log(sandbox_id, kind, **({"path": path} if path else {}))
-        with self._use(entry):
-            return entry.box.workspace
+        entry = self._awake(sandbox_id)
+        with entry.gate.writing() if writes else contextlib.nullcontext(), self._use(entry):
+            self.backend.store.log(sandbox_id, kind, **({"path": path} if path else {}))
+            yield entry.box.workspace
 
     async def exec(
         self, sandbox_id: str, request: ExecRequest, on_output: OnOutput | None = None
@@ -245,18 +267,20 @@ class Manager:
         if request.output_bytes is not None and request.output_bytes > limit:
             raise SandboxRefused(f"output_bytes: may not be over the sandbox's limit of {limit}.")
         facts = {"command": request.command, "cwd": request.cwd}
-        return await self._command(entry, "exec", facts, entry.box.exec(request, on_output))
+        return await self._command(
+            entry, "exec", facts, partial(entry.box.exec, request, on_output)
+        )
 
     async def _command(
-        self, entry: _Entry, kind: str, facts: dict[str, Any], work: Awaitable[C]
+        self, entry: _Entry, kind: str, facts: dict[str, Any], work: Callable[[], Awaitable[C]]
     ) -> C:
         """Waits for a command; the log has it before it runs, and how it ended."""
-        sandbox_id, note = entry.info.id, self.backend.store.log
-        note(sandbox_id, kind, **facts)
+        sandbox_id, note = entry.info.id, self._record
+        self.backend.store.log(sandbox_id, kind, **facts)
         began = time.monotonic()
         try:
             with self._use(entry):
-                result = await work
+                result = await work()
         except SandboxError as error:
             note(sandbox_id, "fail", error=str(error))
             raise
@@ -294,7 +318,9 @@ class Manager:
         check_session(name)
         _check_size(entry, request.command, {})
         facts = {"session": name, "command": request.command}
-        return await self._command(entry, "run", facts, entry.box.run(name, request, on_output))
+        return await self._command(
+            entry, "run", facts, partial(entry.box.run, name, request, on_output)
+        )
 
     async def close_session(self, sandbox_id: str, name: str) -> None:
         """Ends a session; one that is not there is no error."""
@@ -324,7 +350,7 @@ class Manager:
                     self._note_paused(entry, None)
                     raise
                 entry.look = look
-                self.backend.store.log(entry.info.id, "pause")
+                self._record(entry.info.id, "pause")
             return entry.info
 
     async def resume(self, sandbox_id: str) -> SandboxInfo:
@@ -334,15 +360,17 @@ class Manager:
     async def _resume(self, entry: _Entry) -> SandboxInfo:
         async with entry.turn:
             if entry.info.paused_at is not None:
-                self.backend.store.log(entry.info.id, "resume")
-                await entry.box.thaw()
-                entry.look = None
+                # Before it runs: another service must know that it is meant to.
                 self._note_paused(entry, None)
+                entry.look = None
+                await entry.box.thaw()
+                self._record(entry.info.id, "resume")
             return entry.info
 
     def _note_paused(self, entry: _Entry, at: float | None) -> None:
-        entry.info = entry.box.info = dataclasses.replace(entry.info, paused_at=at)
-        self.backend.store.update(entry.info)
+        info = dataclasses.replace(entry.info, paused_at=at)
+        self.backend.store.update(info)
+        entry.info = entry.box.info = info
         self._rest(entry)
 
     async def snapshot(self, sandbox_id: str) -> SnapshotInfo:
@@ -390,15 +418,15 @@ class Manager:
             result = None
             if finish_check:
                 check = ExecRequest(finish_check, **vars(request))
-                work, facts = entry.box.exec(check, None), {"command": finish_check}
-                result = await self._command(entry, "check", facts, work)
+                facts = {"command": finish_check}
+                result = await self._command(entry, "check", facts, partial(entry.box.exec, check))
                 if result.exit_code != 0:
                     failed = dataclasses.asdict(result)
                     raise SandboxUnfinished("the finish check fails.", check=failed)
             with self._use(entry):
                 await entry.box.halt()
             entry.gate.end()
-            self.backend.store.log(sandbox_id, "finish")
+            self._record(sandbox_id, "finish")
             return result
 
     async def close(self, sandbox_id: str) -> None:
@@ -476,7 +504,7 @@ class Manager:
     def _start_close(self, sandbox_id: str, why: str) -> None:
         entry = self._entries.pop(sandbox_id, None)
         if entry is not None:
-            self.backend.store.log(sandbox_id, "close", why=why)
+            self._record(sandbox_id, "close", why=why)
             entry.stop()
             task = asyncio.get_running_loop().create_task(self._close(entry))
             self._closing[sandbox_id] = task

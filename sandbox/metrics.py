@@ -57,8 +57,14 @@ class Metrics:
         )
         self.reaps = Counter(
             "klong_sandbox_reaps",
-            "Sandboxes that nobody closed: expired, abandoned, or idle in the pool for too long.",
+            "Sandboxes that nobody closed: expired, abandoned, idle in the pool for too long, or "
+            "orphaned by a service that died.",
             ["reason"],
+            registry=registry,
+        )
+        self.adoptions = Counter(
+            "klong_sandbox_adoptions",
+            "Sandboxes of a service that died, taken over alive.",
             registry=registry,
         )
         gauge = Gauge("klong_sandbox_living", "Sandboxes that callers have.", registry=registry)

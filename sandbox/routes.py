@@ -10,6 +10,7 @@ import json
 import logging
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractContextManager
 from io import BytesIO
 from typing import Any, BinaryIO
 
@@ -28,7 +29,13 @@ from sandbox.api import (
     to_json,
 )
 from sandbox.backends import Backend
-from sandbox.errors import SandboxError, SandboxRefused, SandboxTooLarge, SandboxUnauthorised
+from sandbox.errors import (
+    SandboxError,
+    SandboxRefused,
+    SandboxTooLarge,
+    SandboxUnauthorised,
+    host_fault,
+)
 from sandbox.link import OnOutput
 from sandbox.manager import Manager
 from sandbox.spec import Gates, SandboxSpec
@@ -44,7 +51,12 @@ _MANAGER = web.AppKey("manager", Manager)
 
 
 def create_app(
-    backend: Backend, *, token: str | None = None, pool: int = 0, pool_idle_s: float = 600.0
+    backend: Backend,
+    *,
+    token: str | None = None,
+    pool: int = 0,
+    pool_idle_s: float = 600.0,
+    disk_mb: int = 0,
 ) -> web.Application:
     """The application over a backend; it starts the backend and removes every sandbox at its end.
 
@@ -53,12 +65,13 @@ def create_app(
         token: Bearer token that every request but `/health` must carry; None asks for none.
         pool: Sandboxes that are kept ready, of the kinds asked for last.
         pool_idle_s: Seconds that one is kept ready.
+        disk_mb: `limits.disk_mb` of sandboxes that ask for none; 0 leaves them without.
     """
     middlewares: list[Middleware] = [_answer_errors]
     if token is not None:
         middlewares.append(_require(token))
     app = web.Application(middlewares=middlewares, client_max_size=_MAX_JSON)
-    app[_MANAGER] = Manager(backend, pool=pool, pool_idle_s=pool_idle_s)
+    app[_MANAGER] = Manager(backend, pool=pool, pool_idle_s=pool_idle_s, disk_mb=disk_mb)
     app.cleanup_ctx.append(_backend_lifetime)
     # Before aiohttp waits for running requests: a closed sandbox answers its commands.
     app.on_shutdown.append(_close_all)
@@ -117,21 +130,24 @@ async def _answer_errors(request: web.Request, handler: Handler) -> web.StreamRe
             return await handler(request)
         except ConnectionError:
             raise  # The caller is gone; there is nobody to answer.
-        except OSError as error:
+        except (OSError, RuntimeError) as error:
             log.exception("%s %s", request.method, request.path)
-            raise SandboxError(f"the sandbox host fails: {error}.") from error
+            raise host_fault(error) from error
     except SandboxError as error:
         request.app[_MANAGER].metrics.rejections.labels(error.kind).inc()
         return web.json_response(_told(error), status=error.status)
+    except web.HTTPRequestEntityTooLarge:
+        sentence = f"the request is over the limit of {_MAX_JSON} bytes; write a file instead."
+        return web.json_response(_told(SandboxTooLarge(sentence)), status=SandboxTooLarge.status)
     except web.HTTPException as error:
         sentence = f"{request.method} {request.path}: {error.reason}."
-        return web.json_response(
-            {"error": sentence, "kind": SandboxRefused.kind}, status=error.status
-        )
+        return web.json_response(_told(SandboxRefused(sentence)), status=error.status)
 
 
 def _told(error: SandboxError) -> dict[str, Any]:
-    return {"error": str(error), "kind": error.kind, "facts": error.facts}
+    sentence = " ".join(str(error).splitlines())  # It may name what was asked for.
+    told = {"error": sentence, "kind": error.kind, "infra": error.infra}
+    return {**told, "facts": error.facts}
 
 
 def _require(token: str) -> Middleware:
@@ -141,7 +157,9 @@ def _require(token: str) -> Middleware:
     async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
         given = request.headers.get("Authorization", "").encode()
         if request.path != "/health" and not hmac.compare_digest(given, expected):
-            raise SandboxUnauthorised("the bearer token is missing or wrong.")
+            raise SandboxUnauthorised(
+                "the bearer token is missing or wrong; give the one that the service asks for."
+            )
         return await handler(request)
 
     return check
@@ -149,7 +167,7 @@ def _require(token: str) -> Middleware:
 
 def _workspace(
     request: web.Request, kind: str, path: str = "", *, writes: bool = False
-) -> Workspace:
+) -> AbstractContextManager[Workspace]:
     manager = request.app[_MANAGER]
     return manager.workspace(request.match_info["id"], kind, path, writes=writes)
 
@@ -337,21 +355,26 @@ async def _end(request: web.Request) -> web.Response:
 
 async def _read(request: web.Request) -> web.Response:
     path = _path(request)
-    data = await asyncio.to_thread(_workspace(request, "read", path).read, path)
+    with _workspace(request, "read", path) as workspace:
+        data = await asyncio.to_thread(workspace.read, path)
     return web.Response(body=data, content_type="application/octet-stream")
 
 
 async def _write(request: web.Request) -> web.Response:
     path = _path(request)
-    workspace = _workspace(request, "write", path, writes=True)
-    with await _body(request, workspace.max_bytes) as body:
+    with (
+        _workspace(request, "write", path, writes=True) as workspace,
+        await _body(request, workspace.max_bytes) as body,
+    ):
         await asyncio.to_thread(workspace.write, path, body)
     return web.json_response({})
 
 
 async def _upload(request: web.Request) -> web.Response:
-    workspace = _workspace(request, "upload", writes=True)
-    with await _body(request, workspace.max_bytes) as body:
+    with (
+        _workspace(request, "upload", writes=True) as workspace,
+        await _body(request, workspace.max_bytes) as body,
+    ):
         await asyncio.to_thread(archive.unpack, workspace, body)
     return web.json_response({})
 
@@ -359,7 +382,8 @@ async def _upload(request: web.Request) -> web.Response:
 async def _download(request: web.Request) -> web.StreamResponse:
     # Packed whole before the first byte goes out, so that an error still has a status.
     with tempfile.TemporaryFile() as file:
-        await asyncio.to_thread(archive.pack, _workspace(request, "download"), file)
+        with _workspace(request, "download") as workspace:
+            await asyncio.to_thread(archive.pack, workspace, file)
         response = web.StreamResponse(headers={"Content-Type": "application/x-tar"})
         response.content_length = file.tell()
         await response.prepare(request)

@@ -10,10 +10,8 @@ from klong_jax.core.message import ToolCall
 from sandbox.client import (
     ExecResult,
     Sandbox,
-    SandboxFileMissing,
+    SandboxError,
     SandboxGated,
-    SandboxRefused,
-    SandboxUnauthorised,
     SandboxUnfinished,
 )
 
@@ -124,9 +122,9 @@ class Toolbox:
         begin = time.perf_counter()
         try:
             text = await self._file(call)
-        except SandboxUnauthorised:
-            raise
-        except (SandboxFileMissing, SandboxRefused) as error:
+        except SandboxError as error:
+            if error.infra:
+                raise
             return Outcome(str(error), Failure.TOOL_ERROR, time.perf_counter() - begin)
         return Outcome(text, seconds=time.perf_counter() - begin)
 
@@ -140,9 +138,9 @@ class Toolbox:
     async def _bash(self, command: str, timeout_s: float) -> Outcome:
         try:
             result = await self._sandbox.exec(command, timeout_s=timeout_s)
-        except SandboxUnauthorised:
-            raise
-        except SandboxRefused as error:
+        except SandboxError as error:
+            if error.infra:
+                raise
             return Outcome(str(error), Failure.TOOL_ERROR)
         text = _said(result)
         failure = None

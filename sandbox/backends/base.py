@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import compileall
 import json
+import logging
 import math
 import os
 import shutil
@@ -22,7 +23,13 @@ from sandbox.api import (
     SessionRequest,
     SessionResult,
 )
-from sandbox.errors import SandboxError, SandboxGone, SandboxLost, SandboxRefused
+from sandbox.errors import (
+    SandboxError,
+    SandboxGone,
+    SandboxLost,
+    SandboxRefused,
+    SandboxUnavailable,
+)
 from sandbox.link import GRACE_S, Answer, Link, OnOutput
 from sandbox.look import MAX_BYTES as MAX_LOOK
 from sandbox.look import Look, Shell, inside, read_look
@@ -30,7 +37,9 @@ from sandbox.output import text_of
 from sandbox.spec import MB, Isolation, Limits, SandboxSpec
 from sandbox.store import Store
 from sandbox.tree import HostTree, Tree
-from sandbox.workspace import Workspace, split_path
+from sandbox.workspace import Workspace, remove_tree, split_path
+
+log = logging.getLogger("sandbox")
 
 # Where the agent's code and the service's socket are inside.
 AGENT_DIR, LINE_DIR = "/run/klong/agent", "/run/klong/line"
@@ -92,6 +101,7 @@ class Box:
         self._holds = 1 if info.paused_at is not None else 0
         self._freezing = asyncio.Lock()
         self.is_closed = False
+        self._threads = thread_variables(info.spec.limits)
 
     async def exec(self, request: ExecRequest, on_output: OnOutput | None = None) -> ExecResult:
         """Runs one command; everything it started is dead when this returns or is cancelled."""
@@ -101,7 +111,7 @@ class Box:
         header = {
             "op": "exec",
             "argv": argv,
-            "env": {**self.info.spec.env, **request.env},
+            "env": {**self._threads, **self.info.spec.env, **request.env},
             "cwd": self._cwd(request.cwd),
             "timeout": request.timeout_s,
             "keep": request.output_bytes or self.info.spec.limits.output_bytes,
@@ -115,7 +125,7 @@ class Box:
         header = {
             "op": "open",
             "session": name,
-            "env": {**self.info.spec.env, **request.env},
+            "env": {**self._threads, **self.info.spec.env, **request.env},
             "cwd": self._cwd(request.cwd),
             "prelude": self._prelude,
             "keep": self.info.spec.limits.output_bytes,
@@ -137,7 +147,8 @@ class Box:
 
     async def look(self) -> Look:
         """What runs now; sessions whose shells are busy do not tell all."""
-        header = {"op": "look", "env": dict(self.info.spec.env), "limit": MAX_LOOK // 2}
+        env = {**self._threads, **self.info.spec.env}
+        header = {"op": "look", "env": env, "limit": MAX_LOOK // 2}
         return read_look(*await self.link.call(header, timeout_s=GRACE_S), self._places)
 
     async def replay(self, shell: Shell) -> None:
@@ -145,7 +156,7 @@ class Box:
         header = {
             "op": "open",
             "session": shell.name,
-            "env": dict(self.info.spec.env),
+            "env": {**self._threads, **self.info.spec.env},
             "prelude": self._prelude,
             "keep": self.info.spec.limits.output_bytes,
         }
@@ -256,6 +267,10 @@ class Backend(Protocol):
     def store(self) -> Store:
         """What it remembers between services; open from `start` to `close`."""
 
+    @property
+    def reaped(self) -> int:
+        """How many sandboxes of dead services `start` has ended."""
+
     async def start(self) -> list[Box]:
         """Checks that it can work here, and reaps or adopts what dead services left.
 
@@ -340,6 +355,26 @@ def shm_bytes(limits: Limits) -> int:
     return limits.memory_mb * MB // 2
 
 
+def thread_variables(limits: Limits) -> dict[str, str]:
+    """Tells libraries how many threads suit a sandbox.
+
+    They count the host's cores, not those that they may use: on a host of many, one import of
+    numpy and scipy would fill `limits.pids` with idle threads.
+    """
+    threads = str(math.ceil(limits.cpus))
+    return {"OMP_NUM_THREADS": threads, "NUMBA_NUM_THREADS": threads}
+
+
+async def clear(directory: Path, store: Store) -> None:
+    """Removes the directory of a sandbox that has ended, and what the store knows of it."""
+    try:
+        store.forget(directory.name)
+    except SandboxUnavailable as error:
+        # The disk is full, perhaps with this.
+        log.warning("sandbox %s is not forgotten yet: %s", directory.name, error)
+    await asyncio.to_thread(remove_tree, directory)
+
+
 async def await_agent(
     link: Link,
     pid: int,
@@ -411,13 +446,13 @@ def _command(answer: Answer) -> dict[str, Any]:
         for name in ("out", "err"):
             head, tail, total = (int(size) for size in header[name])
             middle, end = place + head, place + head + tail
-            if not 0 <= head + tail <= min(total, len(data)):
+            if min(head, tail) < 0 or not end <= len(data) or not head + tail <= total < 1 << 63:
                 raise ValueError(name)
             streams.append((bytes(data[place:middle]), bytes(data[middle:end]), total))
             place = end
         timed_out = header.get("timed_out") is True
         code = header["exit"]
-        if not (code is None or (isinstance(code, int) and 0 <= code <= 255)):
+        if not (code is None or (type(code) is int and 0 <= code <= 255)):
             raise ValueError(code)
         duration_s = float(header["duration"])
         if not math.isfinite(duration_s):
@@ -431,5 +466,5 @@ def _command(answer: Answer) -> dict[str, Any]:
             "stdout_bytes": streams[0][2],
             "stderr_bytes": streams[1][2],
         }
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         raise SandboxLost("the agent inside the sandbox sent a result that is none.") from None

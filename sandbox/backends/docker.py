@@ -33,6 +33,7 @@ from sandbox.backends.base import (
     Freezer,
     agent_arguments,
     await_agent,
+    clear,
     install_agent,
     open_link,
     open_tree,
@@ -41,7 +42,8 @@ from sandbox.backends.base import (
 )
 from sandbox.backends.bubblewrap import ENV, users
 from sandbox.backends.inheritance import inherit
-from sandbox.errors import SandboxError, SandboxGone, SandboxRefused, SandboxUnavailable
+from sandbox.backends.removals import Removals
+from sandbox.errors import SandboxError, SandboxGone, SandboxRefused, SandboxUnavailable, host_fault
 from sandbox.spec import MB, Isolation
 from sandbox.store import Store
 from sandbox.workspace import remove_tree
@@ -79,6 +81,8 @@ class DockerBackend:
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="docker")
         self._durable = durable
         self._taken_over: list[Path] = []
+        self.reaped = 0
+        self._removals = Removals()
 
     async def start(self) -> list[Box]:
         """Connects to the daemon and reaps or adopts what dead services left."""
@@ -86,7 +90,9 @@ class DockerBackend:
             self.client = await self._call(DockerClient.from_env, max_pool_size=_THREADS)
             version = await self._call(self.client.version)
         except DockerException as error:
-            raise SandboxUnavailable(f"no Docker daemon answers: {error}.") from None
+            raise SandboxUnavailable(
+                f"no Docker daemon answers: {error}; start dockerd, or serve --backend local."
+            ) from None
         self._version: str = version["Version"]
         self.own = owner.claim(self._state_dir, durable=self._durable)
         self.store = Store(self._state_dir / "store.db")
@@ -97,7 +103,7 @@ class DockerBackend:
             adopt=lambda directory, record: self._attach(record, directory, _ADOPT_S),
             reap=self._discard,
         )
-        self._taken_over = inherited.directories
+        self._taken_over, self.reaped = inherited.directories, inherited.reaped
         await self._call(self._reap_containers)
         self.agent = self.own / "agent"
         await asyncio.to_thread(install_agent, self.agent)
@@ -124,6 +130,7 @@ class DockerBackend:
 
     async def close(self) -> None:
         """Removes the service's directories and closes the connections."""
+        await self._removals.close()
         for own in (self.own, *self._taken_over):
             await asyncio.to_thread(remove_tree, own)
         self.store.close()
@@ -142,7 +149,7 @@ class DockerBackend:
         except ImageNotFound:
             raise SandboxRefused(
                 "image: the Docker daemon does not have it; pull it, or build the default one "
-                "with launch/sandbox_image.sh."
+                "with klong sandbox image build."
             ) from None
         except NotFound:
             raise SandboxGone("the container of the sandbox is gone.") from None
@@ -150,8 +157,12 @@ class DockerBackend:
             if error.status_code == 409:
                 raise SandboxGone("the container of the sandbox has stopped.") from None
             raise SandboxError(f"Docker answers: {error.explanation}.") from error
+        except RuntimeError as error:
+            raise host_fault(error) from error  # No thread can be started.
         except requests.ConnectionError as error:
-            raise SandboxUnavailable("the Docker daemon does not answer any more.") from error
+            raise SandboxUnavailable(
+                "the Docker daemon does not answer any more; start dockerd again."
+            ) from error
 
     def _make_container(self, info: SandboxInfo, directory: Path, uid: int) -> None:
         limits = info.spec.limits
@@ -261,14 +272,16 @@ class DockerBackend:
 
         return Freezer(freeze, thaw)
 
-    async def _discard(self, directory: Path, _record: owner.Record | None) -> None:
+    async def _discard(self, directory: Path, record: owner.Record | None) -> None:
+        await self._removals.run(functools.partial(self._remove, directory, record))
+
+    async def _remove(self, directory: Path, _record: owner.Record | None) -> None:
         with suppress(SandboxGone):
             await self._call(
                 self.client.api.remove_container, _name(directory.name), force=True, v=True
             )
         await disk.unmount(directory)
-        self.store.forget(directory.name)
-        await asyncio.to_thread(remove_tree, directory)
+        await clear(directory, self.store)
 
     def _reap_containers(self) -> None:
         """Removes containers of dead services whose directories are gone, too."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import logging
 import os
 import subprocess
@@ -22,6 +23,7 @@ from sandbox.backends.base import (
     Freezer,
     agent_arguments,
     await_agent,
+    clear,
     install_agent,
     open_link,
     open_tree,
@@ -30,6 +32,7 @@ from sandbox.backends.base import (
 )
 from sandbox.backends.inheritance import inherit
 from sandbox.backends.processes import Members, kill_all
+from sandbox.backends.removals import Removals
 from sandbox.errors import SandboxRefused, SandboxUnavailable
 from sandbox.spec import MB, Isolation, Limits
 from sandbox.store import Store
@@ -80,6 +83,8 @@ class LocalBackend:
         self._root = os.geteuid() == 0
         self._durable = durable
         self._taken_over: list[Path] = []
+        self.reaped = 0
+        self._removals = Removals()
         self.cgroups: cgroups.Cgroups | None = None
 
     async def start(self) -> list[Box]:
@@ -105,7 +110,7 @@ class LocalBackend:
             adopt=lambda directory, record: self._attach(record, directory, _ADOPT_S),
             reap=self._discard,
         )
-        self._taken_over = inherited.directories
+        self._taken_over, self.reaped = inherited.directories, inherited.reaped
         self.etc, self.agent, self.filter = (self.own / name for name in ("etc", "agent", "filter"))
         if self.isolation == "bubblewrap":
             await asyncio.to_thread(bubblewrap.install, self.etc, self.filter)
@@ -137,6 +142,7 @@ class LocalBackend:
 
     async def close(self) -> None:
         """Removes the service's directories."""
+        await self._removals.close()
         for own in (self.own, *self._taken_over):
             await asyncio.to_thread(remove_tree, own)
         self.store.close()
@@ -159,6 +165,9 @@ class LocalBackend:
         return {"limits": self.limits, "disk": disk.held()}
 
     async def _discard(self, directory: Path, record: owner.Record | None) -> None:
+        await self._removals.run(functools.partial(self._remove, directory, record))
+
+    async def _remove(self, directory: Path, record: owner.Record | None) -> None:
         """Kills every process of a sandbox and removes its directory and its group."""
         session = record.pid if record is not None and record.is_alive else None
         uid = None if record is None else record.uid
@@ -170,8 +179,7 @@ class LocalBackend:
         if self.cgroups:
             await self.cgroups.remove(directory.name)
         await disk.unmount(directory)
-        self.store.forget(directory.name)
-        await asyncio.to_thread(remove_tree, directory)
+        await clear(directory, self.store)
 
     def _freezer(self, directory: Path) -> Freezer | None:
         return self.cgroups.freezer(directory.name) if self.cgroups else None

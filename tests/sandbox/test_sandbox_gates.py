@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
+from collections.abc import AsyncIterator
 from pathlib import Path
 
+import aiohttp
 import pytest
 from sandbox_helpers import Service, in_box, serving, sleepers, unique_sleep
 
@@ -119,6 +121,32 @@ def test_a_check_that_hangs_lets_nothing_else_in_meanwhile(service: Service) -> 
     in_box(service.url, body)
 
 
+def test_nothing_ends_while_files_are_written(service: Service) -> None:
+    async def body(box: Sandbox) -> None:
+        sent, goes_on = asyncio.Event(), asyncio.Event()
+
+        async def slowly() -> AsyncIterator[bytes]:
+            yield b"first, "
+            sent.set()
+            await goes_on.wait()
+            yield b"last"
+
+        async with aiohttp.ClientSession() as session:
+            address = f"{service.url}/sandboxes/{box.id}/files?path=x"
+            writing = asyncio.create_task(session.put(address, data=slowly()))
+            await sent.wait()
+            while "write" not in [event.kind for event in await box._client.log(box.id)]:
+                pass
+            with pytest.raises(SandboxGated, match="being written"):
+                await box.end()
+            goes_on.set()
+            (await writing).close()
+        assert await box.end() is None
+        assert await box.read("x") == b"first, last"
+
+    in_box(service.url, body)
+
+
 def test_gates_outlive_a_kill_of_the_service(state_dir: Path) -> None:
     """Also those of a sandbox that had another name when it was made."""
 
@@ -175,6 +203,7 @@ def test_an_end_whose_answer_was_lost_is_heard_of_later(state_dir: Path) -> None
             assert ended is not None and ended.stdout == "once\n"
             with pytest.raises(SandboxEnded):
                 await box.exec("true")
+            await box.close()
             await client.close()
 
     asyncio.run(main())
