@@ -171,9 +171,8 @@ class Manager:
         """Claims or makes a sandbox; the intent is in the log before, the outcome after."""
         began = time.monotonic()
         limits = dataclasses.asdict(info.spec.limits)
-        what = {"image": info.spec.image, "snapshot": info.spec.snapshot}
-        facts = {**what, "limits": limits, "labels": info.spec.labels}
-        self.backend.store.log(info.id, "create", **facts)
+        facts = {"image": info.spec.image, "snapshot": info.spec.snapshot, "limits": limits}
+        self.backend.store.log(info.id, "create", **facts, labels=info.spec.labels)
         try:
             box = await self.pool.claim(info)
             source = "new" if box is None else "pool"

@@ -153,6 +153,17 @@ class Store:
                 "UPDATE sandboxes SET info = ? WHERE box = ?", (json.dumps(to_json(info)), box)
             )
 
+    def left_s(self, info: SandboxInfo) -> float:
+        """Seconds until a sandbox expires, whatever has happened to the time of day."""
+        row = self._execute(
+            "SELECT ends FROM lifetimes JOIN sandboxes USING (box) "
+            "WHERE json_extract(info, '$.id') = ?",
+            (info.id,),
+        ).fetchone()
+        # Of an earlier service that had the time of day alone.
+        left_s = row[0] - time.monotonic() if row else info.expires_at - time.time()
+        return min(max(0.0, left_s), info.spec.lifetime_s)
+
     def begin(self, sandbox_id: str) -> None:
         """Notes that a caller's sandbox is not whole yet; as one that waits, it is not adopted."""
         self._execute(
@@ -175,17 +186,6 @@ class Store:
             "UPDATE sandboxes SET info = ? WHERE json_extract(info, '$.id') = ?",
             (json.dumps(to_json(info)), info.id),
         )
-
-    def left_s(self, info: SandboxInfo) -> float:
-        """Seconds until a sandbox expires, whatever has happened to the time of day."""
-        row = self._execute(
-            "SELECT ends FROM lifetimes JOIN sandboxes USING (box) "
-            "WHERE json_extract(info, '$.id') = ?",
-            (info.id,),
-        ).fetchone()
-        # Of an earlier service that had the time of day alone.
-        left_s = row[0] - time.monotonic() if row else info.expires_at - time.time()
-        return min(max(0.0, left_s), info.spec.lifetime_s)
 
     def arm(self, sandbox_id: str, gates: Gates) -> None:
         """Notes a sandbox's gates, of which nothing is taken yet."""

@@ -36,13 +36,8 @@ def run(settings: SandboxConfig, *words: str) -> int:
     action, *names = words or ("serve",)
     if action not in _USAGE:
         raise UserError(f"there is no klong sandbox {action}; choose one of {', '.join(_USAGE)}")
-    expected = {
-        "exec": len(names) == 2,
-        "logs": len(names) == 1,
-        "image": len(names) >= 1,
-        "snapshot": len(names) == 1,
-        **dict.fromkeys(("rm", "pause", "resume", "drop"), len(names) >= 1),
-    }
+    expected = {"exec": len(names) == 2, "logs": len(names) == 1, "snapshot": len(names) == 1}
+    expected |= dict.fromkeys(("rm", "pause", "resume", "drop", "image"), len(names) >= 1)
     if not expected.get(action, not names):
         raise UserError(f"write {_USAGE[action]}")
     token = None

@@ -96,12 +96,12 @@ class Box:
         self.info, self.workspace, self.link = info, workspace, link
         self.freezer, self.tree = freezer, tree
         self._close, self._root, self._prelude = close, root, prelude
+        self._threads = thread_variables(info.spec.limits)
         self._places = places or {}
         # Who wants it to stand still: its owner, a snapshot.
         self._holds = 1 if info.paused_at is not None else 0
         self._freezing = asyncio.Lock()
         self.is_closed = False
-        self._threads = thread_variables(info.spec.limits)
 
     async def exec(self, request: ExecRequest, on_output: OnOutput | None = None) -> ExecResult:
         """Runs one command; everything it started is dead when this returns or is cancelled."""

@@ -91,7 +91,12 @@ def open_directory() -> Iterator[Path]:
     try:
         yield path
     finally:
+        mounts = [line.split()[1] for line in Path("/proc/self/mounts").read_text().splitlines()]
+        left = [mount for mount in mounts if mount.startswith(f"{path}/")]
+        for mount in left:
+            subprocess.run(["umount", "--lazy", mount], check=True)
         shutil.rmtree(path)
+        assert left == [], "sandboxes are left, with disks of their own"
 
 
 _EMBEDDED = """

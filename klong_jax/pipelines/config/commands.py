@@ -264,9 +264,9 @@ class CorporaConfig(Section):
 
 
 class SandboxConfig(Section):
-    """Sandboxes. Words before settings: serve, ps, exec ID .., logs ID, rm ID, doctor, image ..
+    """Sandboxes. Words before settings: serve, ps, exec ID COMMAND, logs ID, rm ID ..., doctor ...
 
-    More words: pause ID .., resume ID .., snapshot ID, snapshots, drop DIGEST ..
+    More words: image ..., pause ID ..., resume ID ..., snapshot ID, snapshots, drop DIGEST ...
     """
 
     backend: Literal["local", "docker"]
