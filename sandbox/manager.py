@@ -115,7 +115,7 @@ class Manager:
             ).inc(number),
             on_event=lambda sandbox_id, facts: self._record(sandbox_id, "egress", **facts),
         )
-        self.checkpoints = Checkpoints(backend, self.metrics)
+        self.checkpoints = Checkpoints(backend, self.metrics, record=self._record)
         self._entries: dict[str, _Entry] = {}
         self._closing: dict[str, asyncio.Task[None]] = {}
         self._creating: set[str] = set()
@@ -395,7 +395,7 @@ class Manager:
                     self._note_paused(entry, None)
                     raise
                 entry.look = look
-                self.backend.store.log(entry.info.id, "pause")
+                self._record(entry.info.id, "pause")
             return entry.info
 
     async def resume(self, sandbox_id: str) -> SandboxInfo:
@@ -405,15 +405,17 @@ class Manager:
     async def _resume(self, entry: _Entry) -> SandboxInfo:
         async with entry.turn:
             if entry.info.paused_at is not None:
-                self.backend.store.log(entry.info.id, "resume")
-                await entry.box.thaw()
-                entry.look = None
+                # Before it runs: another service must know that it is meant to.
                 self._note_paused(entry, None)
+                entry.look = None
+                await entry.box.thaw()
+                self._record(entry.info.id, "resume")
             return entry.info
 
     def _note_paused(self, entry: _Entry, at: float | None) -> None:
-        entry.info = entry.box.info = dataclasses.replace(entry.info, paused_at=at)
-        self.backend.store.update(entry.info)
+        info = dataclasses.replace(entry.info, paused_at=at)
+        self.backend.store.update(info)
+        entry.info = entry.box.info = info
         self._rest(entry)
 
     async def snapshot(self, sandbox_id: str) -> SnapshotInfo:

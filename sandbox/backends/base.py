@@ -189,8 +189,9 @@ class Box:
                 "service that is not root may lack (see `limits` of /health)."
             )
         async with self._freezing:
+            gone = SandboxGone(f"sandbox {self.info.id} was closed meanwhile.")
             if self.is_closed:
-                raise SandboxGone(f"sandbox {self.info.id} was closed meanwhile.")
+                raise gone
             if self._holds == 0:
                 self.link.hold()
                 try:
@@ -198,6 +199,8 @@ class Box:
                 except BaseException:
                     self.link.release()
                     await asyncio.shield(self.freezer.thaw())
+                    if self.is_closed:  # Its agent was told to end.
+                        raise gone from None
                     raise
             self._holds += 1
 
@@ -230,9 +233,9 @@ class Box:
 
         What waits for a command hears `SandboxGone`.
         """
+        self.is_closed = True
         self.link.end()
         self.link.fail(SandboxGone(f"sandbox {self.info.id} was closed meanwhile."))
-        self.is_closed = True
         async with self._freezing:
             await self._close()
 
