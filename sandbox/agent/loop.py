@@ -38,14 +38,18 @@ class Loop:
         self._selector = selectors.DefaultSelector()
         self._timers: list[tuple[float, int, Timer]] = []
         self._order = itertools.count()
+        self._frozen_path = ""
         self._frozen_fd: int | None = None
 
     def heed(self, path: str) -> None:
         """From now on what is spent frozen, as a file of the service tells it, is no time."""
-        with suppress(FileNotFoundError):
-            self._frozen_fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self._frozen_path = path
 
     def _frozen(self) -> float:
+        if self._frozen_fd is None:
+            # The service may be slower to make it than the agent to start; some make none.
+            with suppress(FileNotFoundError):
+                self._frozen_fd = os.open(self._frozen_path, os.O_RDONLY | os.O_CLOEXEC)
         return 0.0 if self._frozen_fd is None else float(os.pread(self._frozen_fd, 64, 0))
 
     def watch(self, fd: int, callback: Callback, events: int = READ) -> None:
