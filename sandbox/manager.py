@@ -23,12 +23,12 @@ from sandbox.api import (
 )
 from sandbox.backends.base import Backend, Box
 from sandbox.errors import SandboxError, SandboxGone, SandboxRefused, SandboxUnavailable
+from sandbox.files import Files
 from sandbox.link import OnOutput
 from sandbox.metrics import Metrics
 from sandbox.pool import Pool
 from sandbox.spec import SandboxSpec, check_id
 from sandbox.usage import usage
-from sandbox.workspace import Workspace
 
 log = logging.getLogger("sandbox")
 
@@ -198,7 +198,7 @@ class Manager:
             return "lost"
         return "busy" if entry.busy else "idle"
 
-    def workspace(self, sandbox_id: str, kind: str, path: str = "") -> Workspace:
+    def workspace(self, sandbox_id: str, kind: str, path: str = "") -> Files:
         """The files of a sandbox, for a transfer that the log names."""
         entry = self._entry(sandbox_id)
         self.backend.store.log(sandbox_id, kind, **({"path": path} if path else {}))

@@ -17,14 +17,13 @@ from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from sandbox import archive
 from sandbox.api import ExecRequest, ExecResult, RunRequest, SessionRequest, parse, to_json
 from sandbox.backends import Backend
 from sandbox.errors import SandboxError, SandboxRefused, SandboxTooLarge, SandboxUnauthorised
+from sandbox.files import Files
 from sandbox.link import OnOutput
 from sandbox.manager import Manager
 from sandbox.spec import SandboxSpec
-from sandbox.workspace import Workspace
 
 log = logging.getLogger("sandbox")
 
@@ -126,7 +125,7 @@ def _require(token: str) -> Middleware:
     return check
 
 
-def _workspace(request: web.Request, kind: str, path: str = "") -> Workspace:
+def _workspace(request: web.Request, kind: str, path: str = "") -> Files:
     return request.app[_MANAGER].workspace(request.match_info["id"], kind, path)
 
 
@@ -279,14 +278,14 @@ async def _write(request: web.Request) -> web.Response:
 async def _upload(request: web.Request) -> web.Response:
     workspace = _workspace(request, "upload")
     with await _body(request, workspace.max_bytes) as body:
-        await asyncio.to_thread(archive.unpack, workspace, body)
+        await asyncio.to_thread(workspace.unpack, body)
     return web.json_response({})
 
 
 async def _download(request: web.Request) -> web.StreamResponse:
     # Packed whole before the first byte goes out, so that an error still has a status.
     with tempfile.TemporaryFile() as file:
-        await asyncio.to_thread(archive.pack, _workspace(request, "download"), file)
+        await asyncio.to_thread(_workspace(request, "download").pack, file)
         response = web.StreamResponse(headers={"Content-Type": "application/x-tar"})
         response.content_length = file.tell()
         await response.prepare(request)

@@ -20,12 +20,14 @@ from sandbox.api import (
     SessionRequest,
     SessionResult,
 )
+from sandbox.dialled import DialledLink
 from sandbox.errors import SandboxError, SandboxGone, SandboxLost
+from sandbox.files import Files, HostFiles
 from sandbox.link import GRACE_S, Answer, Link, OnOutput
 from sandbox.output import text_of
 from sandbox.spec import MB, Isolation, Limits, SandboxSpec
 from sandbox.store import Store
-from sandbox.workspace import Workspace, split_path
+from sandbox.workspace import split_path
 
 # Where the agent's code and the service's socket are inside.
 AGENT_DIR, LINE_DIR = "/run/klong/agent", "/run/klong/line"
@@ -40,7 +42,7 @@ class Box:
     def __init__(
         self,
         info: SandboxInfo,
-        workspace: Workspace,
+        workspace: Files,
         link: Link,
         *,
         close: Callable[[], Awaitable[None]],
@@ -69,7 +71,7 @@ class Box:
             "op": "exec",
             "argv": argv,
             "env": {**self.info.spec.env, **request.env},
-            "cwd": self._cwd(request.cwd),
+            "cwd": await self._cwd(request.cwd),
             "timeout": request.timeout_s,
             "keep": request.output_bytes or self.info.spec.limits.output_bytes,
         }
@@ -83,7 +85,7 @@ class Box:
             "op": "open",
             "session": name,
             "env": {**self.info.spec.env, **request.env},
-            "cwd": self._cwd(request.cwd),
+            "cwd": await self._cwd(request.cwd),
             "prelude": self._prelude,
             "keep": self.info.spec.limits.output_bytes,
         }
@@ -117,8 +119,8 @@ class Box:
         self.link.fail(SandboxGone(f"sandbox {self.info.id} was closed meanwhile."))
         await self._close()
 
-    def _cwd(self, path: str) -> str:
-        self.workspace.directory(path)
+    async def _cwd(self, path: str) -> str:
+        await self.workspace.check_directory(path)
         return "/".join([self._root, *split_path(path)])
 
     async def _call(
@@ -178,16 +180,26 @@ class Backend(Protocol):
         """Facts for the service's health answer."""
 
 
+# What the agent imports of this package, beside its own; the last three only to move files.
+_MODULES = ("__init__", "protocol", "output", "errors", "workspace", "archive")
+
+
+def agent_code() -> dict[str, str]:
+    """The agent's files, by path: the package as far as it needs it."""
+    source = resources.files("sandbox")
+    code = {f"sandbox/{name}.py": (source / f"{name}.py").read_text() for name in _MODULES}
+    for file in (source / "agent").iterdir():
+        if file.name.endswith(".py"):
+            code[f"sandbox/agent/{file.name}"] = file.read_text()
+    return code
+
+
 def install_agent(directory: Path) -> None:
     """Copies the agent's code to where sandboxes can read it."""
     package = directory / "sandbox"
     (package / "agent").mkdir(parents=True)
-    source = resources.files("sandbox")
-    for name in ("__init__.py", "protocol.py", "output.py"):
-        (package / name).write_text((source / name).read_text())
-    for file in (source / "agent").iterdir():
-        if file.name.endswith(".py"):
-            (package / "agent" / file.name).write_text(file.read_text())
+    for path, text in agent_code().items():
+        (directory / path).write_text(text)
     shutil.copyfile(package / "agent/__main__.py", directory / "__main__.py")
     # For interpreters of this version; others compile it at every start.
     compileall.compile_dir(directory, quiet=2)
@@ -212,14 +224,14 @@ def agent_arguments(
     return [*python, line, repr(lifetime_s), repr(lifetime_s if durable else 0.0)]
 
 
-def open_link(directory: Path, spec: SandboxSpec, owner: int | None) -> Link:
+def open_link(directory: Path, spec: SandboxSpec, owner: int | None) -> DialledLink:
     """The line to the agent of the sandbox with this directory."""
-    return Link(directory / "line", owner=owner, max_payload=2 * spec.limits.output_bytes)
+    return DialledLink(directory / "line", owner=owner, max_payload=2 * spec.limits.output_bytes)
 
 
-def open_workspace(directory: Path, spec: SandboxSpec, owner: int | None) -> Workspace:
+def open_workspace(directory: Path, spec: SandboxSpec, owner: int | None) -> HostFiles:
     """The workspace of the sandbox with this directory."""
-    return Workspace(directory / "data/workspace", owner=owner, max_bytes=spec.limits.files_mb * MB)
+    return HostFiles(directory / "data/workspace", owner=owner, max_bytes=spec.limits.files_mb * MB)
 
 
 def shm_bytes(limits: Limits) -> int:
@@ -228,7 +240,7 @@ def shm_bytes(limits: Limits) -> int:
 
 
 async def await_agent(
-    link: Link,
+    link: DialledLink,
     pid: int,
     is_agent: Callable[[int], bool],
     *,

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sandbox.agent.results import Results
+from sandbox.dialled import DialledLink
 from sandbox.errors import SandboxError, SandboxGone, SandboxLost, SandboxRefused
-from sandbox.link import Link
 from sandbox.protocol import MAX_HEADER, Decoder, ProtocolError, encode
 
 _HEADERS = st.dictionaries(st.text(), st.none() | st.integers() | st.text() | st.lists(st.text()))
@@ -67,8 +67,8 @@ class _Agent:
                 return header
 
 
-async def _line(directory: Path) -> tuple[Link, _Agent]:
-    link = Link(directory, owner=None, max_payload=1000)
+async def _line(directory: Path) -> tuple[DialledLink, _Agent]:
+    link = DialledLink(directory, owner=None, max_payload=1000)
     agent = _Agent(directory)
     await agent.send(encode({"hello": 1}))
     await link.connected(lambda pid: pid == os.getpid())
