@@ -28,7 +28,7 @@ from sandbox.link import OnOutput
 from sandbox.metrics import Metrics
 from sandbox.pool import Pool
 from sandbox.spec import SandboxSpec, check_id
-from sandbox.usage import usage
+from sandbox.usage import Usage, usage
 
 log = logging.getLogger("sandbox")
 
@@ -182,13 +182,14 @@ class Manager:
         return found
 
     def usage(self) -> dict[str, dict[str, Any]]:
-        """What each sandbox takes of the host now, by id."""
-        agents = {i: entry.box.link.agent_pid or 0 for i, entry in self._entries.items()}
-        used = usage(agents.values(), minded=self.backend.isolation != "none")
+        """What each sandbox takes of this host now, by id; one elsewhere takes nothing of it."""
+        agents = {i: entry.box.link.agent_pid for i, entry in self._entries.items()}
+        here = [pid for pid in agents.values() if pid is not None]
+        used = usage(here, minded=self.backend.isolation != "none")
         return {
             sandbox_id: {
                 "state": self._state(self._entries[sandbox_id]),
-                **dataclasses.asdict(used[agent]),
+                **dataclasses.asdict(used.get(agent or 0, Usage(0, 0))),
             }
             for sandbox_id, agent in agents.items()
         }

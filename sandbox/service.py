@@ -9,13 +9,16 @@ import signal
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from aiohttp import web
 
 from sandbox.backends import Backend, BackendName, open_backend
 from sandbox.errors import SandboxRefused, SandboxUnavailable
 from sandbox.routes import create_app
+
+if TYPE_CHECKING:
+    from sandbox.backends.kubernetes.options import Options
 
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
@@ -73,6 +76,7 @@ def serve(
     state_dir: Path | None = None,
     pool: int = 0,
     pool_idle_s: float = 600.0,
+    cluster: Options | None = None,
     announce: Callable[[str], None] = print,
 ) -> None:
     """Serves until SIGINT or SIGTERM, then removes every sandbox.
@@ -81,7 +85,7 @@ def serve(
     state directory adopts them, or they end with their lifetime.
 
     Args:
-        backend: "local" or "docker".
+        backend: "local", "docker" or "kubernetes".
         isolation: Of the local backend; "auto" is "bubblewrap": whom one serves to must know of
             "none".
         host: Address to bind; other than loopback needs a token.
@@ -90,6 +94,7 @@ def serve(
         state_dir: Where workspaces live; None is a directory in the temporary one.
         pool: Sandboxes that are kept ready, of the kinds asked for last.
         pool_idle_s: Seconds that one is kept ready.
+        cluster: Of the Kubernetes backend; None takes its defaults.
         announce: Called once with a sentence that holds the URL.
 
     Raises:
@@ -106,6 +111,7 @@ def serve(
             isolation="bubblewrap" if isolation == "auto" else isolation,
             state_dir=state_dir,
             durable=True,
+            cluster=cluster,
         )
         async with running(
             chosen, host=host, port=port, token=token, pool=pool, pool_idle_s=pool_idle_s

@@ -210,18 +210,24 @@ def install_agent(directory: Path) -> None:
 
 
 def agent_arguments(
-    python: Sequence[str], line: str, info: SandboxInfo, *, durable: bool
+    python: Sequence[str],
+    line: str,
+    info: SandboxInfo,
+    *,
+    durable: bool,
+    patience_s: float = 0.0,
 ) -> list[str]:
     """The command line of the agent.
 
     Args:
         python: The interpreter and its program, the agent.
-        line: Directory of the service's socket, as the agent sees it.
+        line: Directory of the service's socket, as the agent sees it; none, and a bridge comes.
         info: The sandbox.
         durable: Whether it outlives its service.
+        patience_s: Seconds that one which does not waits for a line that broke.
     """
     lifetime_s = info.spec.lifetime_s + _LATE_S
-    return [*python, line, repr(lifetime_s), repr(lifetime_s if durable else 0.0)]
+    return [*python, line, repr(lifetime_s), repr(lifetime_s if durable else patience_s)]
 
 
 def open_link(directory: Path, spec: SandboxSpec, owner: int | None) -> DialledLink:
