@@ -43,6 +43,7 @@ class _Program(ctypes.Structure):
 
 def restrict(code: bytes) -> None:
     """Lets this process and all that it starts make only the system calls that a BPF lets pass."""
+    _prctl(_SET_NO_NEW_PRIVS, 1)
     program = _Program(len(code) // 8, code)
     _prctl(_SET_SECCOMP, _FILTER, ctypes.addressof(program))
 

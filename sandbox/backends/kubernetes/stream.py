@@ -22,6 +22,7 @@ _REDIAL_S = 120.0
 _FIRST_PAUSE_S, _LAST_PAUSE_S = 0.1, 5.0
 
 _CHUNK = 1 << 16
+_MAX_SAID = 500
 _STDIN, _STDOUT, _STDERR, _STATUS = 0, 1, 2, 3
 
 
@@ -74,7 +75,7 @@ class StreamLink(Link):
         """Serves a stream until it breaks; returns whether the agent was heard on it."""
         wire = _Wire(socket)
         self.attach(wire)
-        heard = False
+        heard, said = False, ""
         try:
             async for message in socket:
                 if message.type is not aiohttp.WSMsgType.BINARY or not message.data:
@@ -83,10 +84,12 @@ class StreamLink(Link):
                 if channel == _STDOUT and data:
                     heard = True
                     self.feed(wire, data)
-                elif channel in (_STDERR, _STATUS) and data:
-                    self.said = data.decode(errors="replace")[-500:].strip()
-                    if channel == _STATUS:
-                        break
+                elif channel == _STDERR:
+                    said = (said + data.decode(errors="replace"))[-_MAX_SAID:]
+                elif channel == _STATUS:
+                    # How the bridge ended; what it said before tells more.
+                    self.said = (said or data.decode(errors="replace")[-_MAX_SAID:]).strip()
+                    break
         finally:
             wire.abort()
             self.lost(wire)
