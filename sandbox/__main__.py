@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from sandbox import admin
+from sandbox.backends.kubernetes.options import Options
 from sandbox.client import SandboxClient
 from sandbox.errors import SandboxError
 from sandbox.service import serve
@@ -28,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
         if options.action == "serve":
             _serve(options, token)
         elif options.action == "doctor":
-            admin.doctor(options.image)
+            admin.doctor(options.image, _cluster(options))
         else:
             return asyncio.run(_ask(options, token)) or 0
     except SandboxError as error:
@@ -44,8 +45,14 @@ def _parser() -> argparse.ArgumentParser:
     token.add_argument(
         "--token-env", metavar="NAME", help="environment variable with the bearer token to ask for"
     )
-    run = actions.add_parser("serve", parents=[token], help="serve until SIGINT or SIGTERM")
-    run.add_argument("--backend", choices=("local", "docker"), default="local")
+    cluster = argparse.ArgumentParser(add_help=False)
+    cluster.add_argument("--namespace", default="klong-sandbox", help="of kubernetes: its pods'")
+    cluster.add_argument("--runtime-class", help="of kubernetes: such as gVisor's or Kata's")
+    cluster.add_argument("--kubeconfig", help="of kubernetes: how to reach the cluster")
+    run = actions.add_parser(
+        "serve", parents=[token, cluster], help="serve until SIGINT or SIGTERM"
+    )
+    run.add_argument("--backend", choices=("local", "docker", "kubernetes"), default="local")
     run.add_argument("--isolation", choices=("auto", "bubblewrap", "none"), default="auto")
     run.add_argument("--host", default="127.0.0.1")
     run.add_argument("--port", type=int, default=8700, help="0 takes a free port")
@@ -56,7 +63,9 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--pool-idle", type=float, default=600.0, metavar="S", help="seconds one is kept ready"
     )
-    host = actions.add_parser("doctor", help="what this host can do for sandboxes")
+    host = actions.add_parser(
+        "doctor", parents=[cluster], help="what this host can do for sandboxes"
+    )
     host.add_argument("--image", default="klong/base:bookworm", help="what docker takes by default")
 
     service = argparse.ArgumentParser(add_help=False, parents=[token])
@@ -73,6 +82,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _cluster(options: argparse.Namespace) -> Options:
+    return Options(
+        namespace=options.namespace,
+        runtime_class=options.runtime_class,
+        kubeconfig=options.kubeconfig,
+    )
+
+
 def _serve(options: argparse.Namespace, token: str | None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     serve(
@@ -84,6 +101,7 @@ def _serve(options: argparse.Namespace, token: str | None) -> None:
         state_dir=options.state_dir,
         pool=options.pool,
         pool_idle_s=options.pool_idle,
+        cluster=_cluster(options),
         announce=lambda sentence: print(sentence, flush=True),
     )
 

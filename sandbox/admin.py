@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from sandbox.api import Event, SandboxInfo
+from sandbox.backends.kubernetes.options import Options
 from sandbox.client import SandboxClient
 from sandbox.doctor import findings
 
@@ -69,9 +70,9 @@ async def remove(client: SandboxClient, sandbox_ids: Iterable[str]) -> None:
         print(sandbox_id)
 
 
-def doctor(image: str) -> None:
-    """Prints what this host can do for sandboxes."""
-    rows = [(one.name, one.found or "missing", one.allows) for one in findings(image)]
+def doctor(image: str, cluster: Options | None = None) -> None:
+    """Prints what this host, and a cluster that it reaches, can do for sandboxes."""
+    rows = [(one.name, one.found or "missing", one.allows) for one in findings(image, cluster)]
     _print_table([("WHAT", "FOUND", "WHAT THAT MEANS"), *rows])
 
 

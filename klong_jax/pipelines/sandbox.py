@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 from klong_jax.core.errors import UserError
 from klong_jax.pipelines.config.commands import SandboxConfig
 from sandbox import admin
+from sandbox.backends.kubernetes.options import Options
 from sandbox.client import SandboxClient, SandboxError
 from sandbox.service import serve
 
@@ -41,12 +42,20 @@ def run(settings: SandboxConfig, *words: str) -> int:
         if action == "serve":
             _serve(settings, token)
         elif action == "doctor":
-            admin.doctor(settings.image)
+            admin.doctor(settings.image, _cluster(settings))
         else:
             return asyncio.run(_ask(settings, token, action, names)) or 0
     except SandboxError as error:
         raise UserError(str(error)) from None
     return 0
+
+
+def _cluster(settings: SandboxConfig) -> Options:
+    return Options(
+        namespace=settings.namespace,
+        runtime_class=settings.runtime_class,
+        kubeconfig=settings.kubeconfig,
+    )
 
 
 def _serve(settings: SandboxConfig, token: str | None) -> None:
@@ -61,6 +70,7 @@ def _serve(settings: SandboxConfig, token: str | None) -> None:
         state_dir=settings.state_dir,
         pool=settings.pool,
         pool_idle_s=settings.pool_idle_s,
+        cluster=_cluster(settings),
         announce=lambda sentence: print(sentence, flush=True),
     )
 

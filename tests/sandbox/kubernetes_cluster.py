@@ -57,10 +57,11 @@ class Cluster:
         self._etcd = etcd
         self._run(
             "etcd",
-            [str(CACHE / "etcd"), "--data-dir", str(self.directory / "etcd-data")]
-            + ["--listen-client-urls", etcd, "--advertise-client-urls", etcd]
-            + ["--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer]
-            + ["--initial-cluster", f"default={peer}", "--unsafe-no-fsync"],
+            str(CACHE / "etcd"),
+            *("--data-dir", str(self.directory / "etcd-data"), "--unsafe-no-fsync"),
+            *("--listen-client-urls", etcd, "--advertise-client-urls", etcd),
+            *("--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer),
+            *("--initial-cluster", f"default={peer}"),
         )
         key = self.directory / "accounts.key"
         subprocess.run(
@@ -76,9 +77,9 @@ class Cluster:
         certificates = self.directory / "certificates"
         self.kubelet = self._run(
             "kubelet",
-            [sys.executable, str(_HERE / "stub_kubelet.py"), self.server, TOKEN]
-            + [str(certificates / "apiserver.crt"), str(certificates / "apiserver.key")]
-            + [str(self.directory)],
+            *(sys.executable, str(_HERE / "stub_kubelet.py"), self.server, TOKEN),
+            *(str(certificates / "apiserver.crt"), str(certificates / "apiserver.key")),
+            str(self.directory),
         )
         self._wait("the node", lambda: self.ask("GET", "/api/v1/nodes")["items"])
 
@@ -87,14 +88,14 @@ class Cluster:
         key = str(self.directory / "accounts.key")
         self.api_server = self._run(
             "kube-apiserver",
-            [str(CACHE / "kube-apiserver"), "--etcd-servers", self._etcd]
-            + ["--secure-port", str(self.port), "--bind-address", "127.0.0.1"]
-            + ["--cert-dir", str(self.directory / "certificates")]
-            + ["--token-auth-file", str(self.directory / "tokens")]
-            + ["--authorization-mode", "RBAC", "--service-cluster-ip-range", "10.0.0.0/24"]
-            + ["--service-account-issuer", "https://kubernetes.default.svc"]
-            + ["--service-account-key-file", key, "--service-account-signing-key-file", key]
-            + ["--enable-admission-plugins", "ResourceQuota,LimitRanger,ServiceAccount"],
+            str(CACHE / "kube-apiserver"),
+            *("--etcd-servers", self._etcd, "--service-cluster-ip-range", "10.0.0.0/24"),
+            *("--secure-port", str(self.port), "--bind-address", "127.0.0.1"),
+            *("--cert-dir", str(self.directory / "certificates")),
+            *("--token-auth-file", str(self.directory / "tokens"), "--authorization-mode", "RBAC"),
+            *("--service-account-issuer", "https://kubernetes.default.svc"),
+            *("--service-account-key-file", key, "--service-account-signing-key-file", key),
+            *("--enable-admission-plugins", "ResourceQuota,LimitRanger,ServiceAccount"),
         )
         self._wait("the API server", lambda: self.ask("GET", "/readyz", parse=False))
 
@@ -143,7 +144,7 @@ class Cluster:
         found: list[Json] = self.ask("GET", f"/api/v1/namespaces/{namespace}/pods")["items"]
         return found
 
-    def _run(self, name: str, command: list[str]) -> subprocess.Popen[bytes]:
+    def _run(self, name: str, *command: str) -> subprocess.Popen[bytes]:
         env = {**os.environ, "PYTHONPATH": str(_HERE.parents[1])}
         with open(self.directory / f"{name}.log", "ab") as log:
             process = subprocess.Popen(command, stdout=log, stderr=log, env=env)

@@ -266,7 +266,7 @@ class CorporaConfig(Section):
 class SandboxConfig(Section):
     """Sandboxes. Words before settings: serve, ps, exec ID COMMAND, logs ID, rm ID ..., doctor."""
 
-    backend: Literal["local", "docker"]
+    backend: Literal["local", "docker", "kubernetes"]
     """What sandboxes are made of."""
     isolation: Literal["auto", "bubblewrap", "none"]
     """Of the local backend; auto is bubblewrap, none runs commands as plain processes."""
@@ -288,6 +288,14 @@ class SandboxConfig(Section):
     """Of exec: seconds until its command is killed."""
     image: str
     """Of doctor: the image that the docker backend takes by default."""
+    namespace: str = "klong-sandbox"
+    """Of the kubernetes backend: where its pods are."""
+    runtime_class: str | None = None
+    """Of the kubernetes backend: RuntimeClass of the pods, such as gVisor's or Kata's; null is the
+    cluster's default."""
+    kubeconfig: str | None = None
+    """Of the kubernetes backend: the file that says how to reach the cluster; null is the pod's
+    own account inside one, elsewhere the usual file."""
 
 
 class BenchConfig(Section):
