@@ -83,7 +83,13 @@ class Cluster:
         )
         self._wait("the node", lambda: self.ask("GET", "/api/v1/nodes")["items"])
 
-    def start_server(self) -> None:
+    def restart_server(self, *flags: str) -> None:
+        """Kills the API server and starts it again."""
+        self.api_server.kill()
+        self.api_server.wait()
+        self.start_server("--enable-priority-and-fairness=false", *flags)
+
+    def start_server(self, *flags: str) -> None:
         """Starts the API server; `self.api_server` is its process."""
         key = str(self.directory / "accounts.key")
         self.api_server = self._run(
@@ -96,6 +102,7 @@ class Cluster:
             *("--service-account-issuer", "https://kubernetes.default.svc"),
             *("--service-account-key-file", key, "--service-account-signing-key-file", key),
             *("--enable-admission-plugins", "ResourceQuota,LimitRanger,ServiceAccount"),
+            *flags,
         )
         self._wait("the API server", lambda: self.ask("GET", "/readyz", parse=False))
 
