@@ -26,7 +26,7 @@ COMMANDS: dict[str, str] = {
     "rubric": "Shows what rubrics ask for, and their scores if they are graded.",
     "report": "Prints the results of a run and writes its report.html again.",
     "corpora": "Lists the tokenised corpora on disk, and removes what is not used any more.",
-    "sandbox": "Serves sandboxes; ps, exec, logs, rm and doctor say what becomes of them.",
+    "sandbox": "Serves sandboxes; ps, exec, logs, rm, doctor look after them, image after theirs.",
     "bench": "Times kernels, training and sandboxes on this machine, beside their peers.",
     "doctor": "Says what this machine can do and what it lacks.",
 }

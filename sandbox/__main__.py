@@ -30,11 +30,16 @@ def main(argv: list[str] | None = None) -> int:
             _serve(options, token)
         elif options.action == "doctor":
             admin.doctor(options.image, _cluster(options))
+        elif options.action == "image":
+            return _image(options)
         else:
             return asyncio.run(_ask(options, token)) or 0
     except SandboxError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -63,6 +68,12 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--pool-idle", type=float, default=600.0, metavar="S", help="seconds one is kept ready"
     )
+    run.add_argument(
+        "--disk-mb",
+        type=int,
+        metavar="MB",
+        help="disk quota of sandboxes that ask for none (10000 where it can be had); 0: no quota",
+    )
     host = actions.add_parser(
         "doctor", parents=[cluster], help="what this host can do for sandboxes"
     )
@@ -79,6 +90,15 @@ def _parser() -> argparse.ArgumentParser:
     logs.add_argument("id")
     remove = actions.add_parser("rm", parents=[service], help="remove sandboxes")
     remove.add_argument("ids", nargs="+", metavar="id")
+    _add_image(actions.add_parser("image", help="build, list, prune and check images"))
+    keep = actions.add_parser("snapshot", parents=[service], help="keep files and sessions")
+    keep.add_argument("id")
+    for name, what in (("pause", "stop all in sandboxes"), ("resume", "let it run on")):
+        hold = actions.add_parser(name, parents=[service], help=what)
+        hold.add_argument("ids", nargs="+", metavar="id")
+    actions.add_parser("snapshots", parents=[service], help="the snapshots that are kept")
+    drop = actions.add_parser("drop", parents=[service], help="delete snapshots")
+    drop.add_argument("digests", nargs="+", metavar="digest")
     return parser
 
 
@@ -88,6 +108,41 @@ def _cluster(options: argparse.Namespace) -> Options:
         runtime_class=options.runtime_class,
         kubeconfig=options.kubeconfig,
     )
+
+
+def _add_image(image: argparse.ArgumentParser) -> None:
+    actions = image.add_subparsers(dest="image_action", required=True)
+    build = actions.add_parser("build", help="build an image; prints its name")
+    build.add_argument("kind", nargs="?", help="slim, research or layer")
+    build.add_argument("--task", type=Path, help="make a layer of this task's needs")
+    build.add_argument("--requirements", type=Path, help="make a layer of this list for pip")
+    build.add_argument("--base", help="build on this image")
+    build.add_argument("--source", choices=("auto", "registry", "debootstrap"), default="auto")
+    build.add_argument("--without", default="", metavar="A,B", help="of the research list")
+    build.add_argument("--force", action="store_true", help="build also what is there")
+    actions.add_parser("list", help="the images of sandboxes on this host")
+    actions.add_parser("prune", help="remove those that are old and that no container uses")
+    check = actions.add_parser("check", help="try all of an image in a hardened sandbox")
+    check.add_argument("name")
+
+
+def _image(options: argparse.Namespace) -> int:
+    # Imported here, for a host without the Docker SDK can run the local backend.
+    from sandbox.images import command
+
+    if options.image_action == "check":
+        return command.run(("check", options.name), command.Recipe())
+    if options.image_action != "build":
+        return command.run((options.image_action,), command.Recipe())
+    asked = command.Recipe(
+        task=options.task,
+        requirements=options.requirements,
+        base=options.base,
+        source=options.source,
+        without=tuple(filter(None, options.without.split(","))),
+        force=options.force,
+    )
+    return command.run(("build", *filter(None, [options.kind])), asked)
 
 
 def _serve(options: argparse.Namespace, token: str | None) -> None:
@@ -101,6 +156,7 @@ def _serve(options: argparse.Namespace, token: str | None) -> None:
         state_dir=options.state_dir,
         pool=options.pool,
         pool_idle_s=options.pool_idle,
+        disk_mb=options.disk_mb,
         cluster=_cluster(options),
         announce=lambda sentence: print(sentence, flush=True),
     )
@@ -115,6 +171,16 @@ async def _ask(options: argparse.Namespace, token: str | None) -> int | None:
             return await admin.execute(client, options.id, options.command, timeout_s=timeout_s)
         elif options.action == "logs":
             await admin.logs(client, options.id)
+        elif options.action == "snapshot":
+            await admin.snapshot(client, options.id)
+        elif options.action == "pause":
+            await admin.pause(client, options.ids)
+        elif options.action == "resume":
+            await admin.resume(client, options.ids)
+        elif options.action == "snapshots":
+            await admin.snapshots(client)
+        elif options.action == "drop":
+            await admin.drop(client, options.digests)
         else:
             await admin.remove(client, options.ids)
     return None

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 from sandbox.api import Event, SandboxInfo
 from sandbox.backends.kubernetes.options import Options
 from sandbox.client import SandboxClient
 from sandbox.doctor import findings
+from sandbox.table import print_table, span
 
 TIMED_OUT = 124
 """Exit status of a command that was killed at its time limit, as of coreutils' `timeout`."""
@@ -24,15 +25,15 @@ async def ps(client: SandboxClient) -> None:
     now = time.time()
     # One made between the two answers has no usage yet; one closed between them is no more.
     rows = [_row(info, usage[info.id], now) for info in infos if info.id in usage]
-    _print_table([_HEADINGS, *rows])
+    print_table([_HEADINGS, *rows])
 
 
 def _row(info: SandboxInfo, used: dict[str, Any], now: float) -> tuple[str, ...]:
     return (
         info.id,
         used["state"],
-        _span(now - info.created_at),
-        _span(max(0.0, info.expires_at - now)),
+        span(now - info.created_at),
+        span(max(0.0, info.expires_at - now)),
         str(used["processes"]),
         f"{used['memory_bytes'] / 1e6:.1f} MB",
         info.spec.image or f"({info.isolation})",
@@ -70,10 +71,60 @@ async def remove(client: SandboxClient, sandbox_ids: Iterable[str]) -> None:
         print(sandbox_id)
 
 
+async def snapshot(client: SandboxClient, sandbox_id: str) -> None:
+    """Takes a snapshot of a sandbox; prints its digest, and what a restore does not bring back."""
+    info = await (await client.attach(sandbox_id)).snapshot()
+    print(info.digest)
+    lost = [f"{info.lost_processes} processes"] if info.lost_processes else []
+    lost += [f"{info.skipped} pipes, sockets or devices"] if info.skipped else []
+    busy = [session.name for session in info.sessions if not session.whole]
+    lost += [f"what the busy sessions {', '.join(busy)} have exported"] if busy else []
+    if lost:
+        print(f"not in it: {'; '.join(lost)}", file=sys.stderr)
+
+
+async def pause(client: SandboxClient, sandbox_ids: Iterable[str]) -> None:
+    """Pauses sandboxes and prints their ids."""
+    for sandbox_id in sandbox_ids:
+        await (await client.attach(sandbox_id)).pause()
+        print(sandbox_id)
+
+
+async def resume(client: SandboxClient, sandbox_ids: Iterable[str]) -> None:
+    """Resumes sandboxes and prints their ids."""
+    for sandbox_id in sandbox_ids:
+        await (await client.attach(sandbox_id)).resume()
+        print(sandbox_id)
+
+
+async def snapshots(client: SandboxClient) -> None:
+    """Prints the snapshots of a service, oldest first."""
+    now = time.time()
+    rows = [
+        (
+            info.digest,
+            span(max(0.0, now - info.created_at)),
+            str(info.files),
+            f"{info.bytes / 1e6:.1f} MB",
+            str(len(info.sessions)),
+            info.sandbox,
+        )
+        for info in await client.snapshots()
+    ]
+    print_table([("DIGEST", "AGE", "FILES", "SIZE", "SESSIONS", "OF"), *rows])
+
+
+async def drop(client: SandboxClient, digests: Iterable[str]) -> None:
+    """Deletes snapshots and prints their digests; one that is not there is an error."""
+    for digest in digests:
+        await client.delete_snapshot(digest)
+        print(digest)
+
+
 def doctor(image: str, cluster: Options | None = None) -> None:
     """Prints what this host, and a cluster that it reaches, can do for sandboxes."""
     rows = [(one.name, one.found or "missing", one.allows) for one in findings(image, cluster)]
-    _print_table([("WHAT", "FOUND", "WHAT THAT MEANS"), *rows])
+    print_table([("WHAT", "FOUND", "WHAT THAT MEANS"), *rows])
 
 
 def describe(event: Event) -> str:
@@ -86,17 +137,3 @@ def describe(event: Event) -> str:
         if value not in (None, False, {}, ".")
     )
     return f"{clock}.{int(event.at % 1 * 1000):03d}  {event.kind:<8} {facts}".rstrip()
-
-
-def _span(seconds: float) -> str:
-    for size, unit in ((86_400, "d"), (3_600, "h"), (60, "min")):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.0f} {unit}"
-    return f"{seconds:.0f} s"
-
-
-def _print_table(rows: Sequence[Sequence[str]]) -> None:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        print("  ".join(cells).rstrip())

@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, TypeVar
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from sandbox.errors import SandboxRefused
-from sandbox.spec import STRICT, Env, Isolation, SandboxSpec, Text
+from sandbox.spec import STRICT, Env, Gates, Isolation, SandboxSpec, Text
 
 _SESSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
@@ -47,6 +47,8 @@ class SandboxInfo:
     created_at: float
     expires_at: float
     spec: SandboxSpec
+    paused_at: float | None = None
+    """Since when its processes are stopped; None while they run."""
 
 
 @dataclass(frozen=True)
@@ -136,6 +138,23 @@ class RunRequest:
 
 
 @dataclass(frozen=True)
+class EndRequest:
+    """The end of a sandbox's work.
+
+    Attributes:
+        timeout_s: Seconds until the finish check is killed, and has failed.
+        operation: As in `ExecRequest`.
+        acknowledge: As in `ExecRequest`.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    timeout_s: Annotated[float, Field(gt=0)] = 60.0
+    operation: _Operation | None = None
+    acknowledge: tuple[_Operation, ...] = ()
+
+
+@dataclass(frozen=True)
 class ExecResult:
     """How a command ended.
 
@@ -169,10 +188,64 @@ class SessionResult(ExecResult):
     ended: bool
 
 
+@dataclass(frozen=True)
+class SnapshotSession:
+    """A session as a snapshot has it; a restore opens a shell with its directory and environment.
+
+    Attributes:
+        name: Its name.
+        cwd: Its directory as an isolated sandbox has it, such as /workspace/src; None if it was
+            not to be had, or was removed: a restore then takes the workspace.
+        whole: Whether the environment is that of the moment. While a command runs it is the one
+            that the session was opened with.
+    """
+
+    name: str
+    cwd: str | None
+    whole: bool
+
+
+@dataclass(frozen=True)
+class SnapshotInfo:
+    """The files and sessions of a sandbox at a moment, kept until they are deleted.
+
+    Attributes:
+        digest: Of the files, with modes and times, and of the sessions: its name.
+        sandbox: The sandbox that it was last taken of.
+        created_at: When that was, in Unix seconds.
+        files: Regular files in workspace and home.
+        bytes: Bytes in them; equal ones are stored once.
+        skipped: Pipes, sockets and devices, which are not kept.
+        frozen: Whether the sandbox stood still while it was read; if not, files that were
+            written meanwhile may be of different moments.
+        lost_processes: Processes, shells of sessions apart, that a restore does not bring back.
+        sessions: The sessions that a restore opens again, by name.
+    """
+
+    digest: str
+    sandbox: str
+    created_at: float
+    files: int
+    bytes: int
+    skipped: int
+    frozen: bool
+    lost_processes: int
+    sessions: tuple[SnapshotSession, ...]
+
+
 T = TypeVar("T")
 _ADAPTERS: dict[type[Any], TypeAdapter[Any]] = {
     cls: TypeAdapter(cls)
-    for cls in (SandboxSpec, SandboxInfo, ExecRequest, SessionRequest, RunRequest)
+    for cls in (
+        SandboxSpec,
+        SandboxInfo,
+        Gates,
+        ExecRequest,
+        SessionRequest,
+        RunRequest,
+        EndRequest,
+        SnapshotInfo,
+    )
 }
 
 

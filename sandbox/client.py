@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from sandbox.api import (
+    EndRequest,
     Event,
     ExecRequest,
     ExecResult,
@@ -22,44 +23,59 @@ from sandbox.api import (
     SandboxInfo,
     SessionRequest,
     SessionResult,
+    SnapshotInfo,
     check_session,
     new_operation,
     parse,
     to_json,
 )
 from sandbox.errors import (
+    SandboxEnded,
     SandboxError,
     SandboxFileMissing,
+    SandboxGated,
     SandboxGone,
     SandboxLost,
+    SandboxPaused,
     SandboxRefused,
     SandboxSessionEnded,
+    SandboxSnapshotDamaged,
+    SandboxSnapshotMissing,
     SandboxTooLarge,
     SandboxUnauthorised,
     SandboxUnavailable,
+    SandboxUnfinished,
 )
-from sandbox.spec import Limits, SandboxSpec, new_id
+from sandbox.spec import Gates, Limits, SandboxSpec, new_id
 from sandbox.transport import OnOutput, Transport
 
 __all__ = [
     "Event",
     "ExecResult",
+    "Gates",
     "Limits",
     "Sandbox",
     "SandboxClient",
+    "SandboxEnded",
     "SandboxError",
     "SandboxFileMissing",
+    "SandboxGated",
     "SandboxGone",
     "SandboxInfo",
     "SandboxLost",
+    "SandboxPaused",
     "SandboxRefused",
     "SandboxSessionEnded",
+    "SandboxSnapshotDamaged",
+    "SandboxSnapshotMissing",
     "SandboxSpec",
     "SandboxTooLarge",
     "SandboxUnauthorised",
     "SandboxUnavailable",
+    "SandboxUnfinished",
     "Session",
     "SessionResult",
+    "SnapshotInfo",
     "tar_of",
 ]
 
@@ -68,6 +84,9 @@ _GRACE_S = 60.0
 
 # Between two tries to reach a service that is expected back.
 _RETRY_S = 0.1
+
+# Between two questions whether a paused sandbox was resumed.
+_PAUSED_S = 1.0
 
 
 class SandboxClient:
@@ -162,11 +181,24 @@ class SandboxClient:
         answer = json.loads(await self._request("GET", path, query=query))
         return [Event(**event) for event in answer["events"]]
 
+    async def snapshots(self) -> Sequence[SnapshotInfo]:
+        """Every snapshot that the service keeps, the latest last."""
+        answer = json.loads(await self._request("GET", "/snapshots"))
+        return [parse(SnapshotInfo, json.dumps(info)) for info in answer["snapshots"]]
+
+    async def delete_snapshot(self, digest: str) -> None:
+        """Deletes a snapshot, and the bytes that no other has.
+
+        Raises:
+            SandboxSnapshotMissing: there is none of that digest.
+        """
+        await self._request("DELETE", f"/snapshots/{digest}")
+
     async def _command(
         self,
         method: str,
         path: str,
-        request: ExecRequest | SessionRequest | RunRequest,
+        request: ExecRequest | SessionRequest | RunRequest | EndRequest,
         sandbox: Sandbox,
         *,
         timeout_s: float,
@@ -181,7 +213,7 @@ class SandboxClient:
         request = dataclasses.replace(request, operation=operation, acknowledge=arrived)
         body = json.dumps(to_json(request)).encode()
         loop = asyncio.get_running_loop()
-        answered_at = loop.time()
+        answered_at, asked_before = loop.time(), False
         while True:
             try:
                 answer = await send(method, path, body, timeout_s=timeout_s)
@@ -189,6 +221,13 @@ class SandboxClient:
                 if loop.time() > answered_at + self._reconnect_s:
                     raise
                 await asyncio.sleep(_RETRY_S)
+                asked_before = True
+            except SandboxPaused:
+                if not asked_before:
+                    raise
+                # It began before the pause and goes on after it.
+                await asyncio.sleep(_PAUSED_S)
+                answered_at = loop.time()
             except asyncio.CancelledError:
                 with contextlib.suppress(SandboxError):
                     undo = f"{sandbox._path}/operations/{operation}"
@@ -315,6 +354,74 @@ class Sandbox:
     async def download_tree(self) -> bytes:
         """The workspace as a tar: equal trees give equal bytes."""
         return await self._client._request("GET", f"{self._path}/archive")
+
+    async def pause(self) -> None:
+        """Stops everything in the sandbox, running commands too, until `resume`.
+
+        Meanwhile every other request but `snapshot` and `close` raises `SandboxPaused`. The time
+        limits of commands stand still, `lifetime_s` does not, and the sandbox counts as in use.
+        A caller that waits for a command gives up a minute after the command's limit all the
+        same, unless its client reconnects.
+
+        Raises:
+            SandboxRefused: the service cannot stop a sandbox.
+        """
+        self.info = parse(SandboxInfo, await self._client._request("POST", f"{self._path}/pause"))
+
+    async def resume(self) -> None:
+        """Lets everything in a paused sandbox run on."""
+        self.info = parse(SandboxInfo, await self._client._request("POST", f"{self._path}/resume"))
+
+    async def snapshot(self) -> SnapshotInfo:
+        """Keeps workspace, home and sessions, for `SandboxSpec(snapshot=info.digest)`.
+
+        A sandbox made with it has the files, and for each session a shell of the same name with
+        its directory and exported environment. Processes, shell variables that are not exported,
+        /tmp, pipes and sockets are lost. Sandboxes with equal files and sessions have equal
+        digests.
+
+        Raises:
+            SandboxTooLarge: it holds more than the larger of `limits.files_mb` and `disk_mb`.
+        """
+        answer = await self._client._request("POST", f"{self._path}/snapshots")
+        return parse(SnapshotInfo, answer)
+
+    async def arm(self, gates: Gates) -> None:
+        """Sets what must come before work and before the end; for good, and for every caller.
+
+        Until the reading is taken, commands, sessions and writes raise `SandboxGated`.
+        """
+        body = json.dumps(to_json(gates)).encode()
+        await self._client._request("PUT", f"{self._path}/gates", body)
+
+    async def take_part(self, number: int) -> str:
+        """A text of the gates' reading, by its number from 1, which is read by that."""
+        answer = await self._client._request("POST", f"{self._path}/reading/{number}")
+        text: str = json.loads(answer)["text"]
+        return text
+
+    async def end(self, *, timeout_s: float = 60.0) -> ExecResult | None:
+        """Ends the work: what runs is killed, and files can be read, not written, from then on.
+
+        Args:
+            timeout_s: Seconds that the gates' finish check may take.
+
+        Returns:
+            How the finish check ended; None without one, or if the work has ended before.
+
+        Raises:
+            SandboxGated: there is something to read yet.
+            SandboxUnfinished: the finish check fails; its result is in `facts["check"]`.
+        """
+        answer = await self._client._command(
+            "POST",
+            f"{self._path}/end",
+            EndRequest(timeout_s=timeout_s),
+            self,
+            timeout_s=timeout_s + _GRACE_S,
+        )
+        check = json.loads(answer)["check"]
+        return None if check is None else ExecResult(**check)
 
     async def close(self) -> None:
         """Removes the sandbox; one already gone is no error."""

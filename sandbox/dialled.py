@@ -12,6 +12,7 @@ from pathlib import Path
 
 from sandbox.errors import SandboxError
 from sandbox.link import Link
+from sandbox.standstill import Standstill
 
 log = logging.getLogger("sandbox")
 
@@ -36,20 +37,29 @@ class DialledLink(Link):
         self._is_agent: Callable[[int], bool] | None = None
         self._listener = _listen(directory, owner)
         self._server: asyncio.Server | None = None
+        self.standstill = Standstill(directory)
+
+    async def listen(self, is_agent: Callable[[int], bool]) -> None:
+        """Begins to hear the agent.
+
+        Args:
+            is_agent: Whether a process, by its id on this host, is the agent.
+        """
+        loop = asyncio.get_running_loop()
+        self._is_agent = is_agent
+        self._server = await loop.create_unix_server(lambda: _Wire(self), sock=self._listener)
 
     async def connected(self, is_agent: Callable[[int], bool]) -> None:
         """Waits for the agent.
 
         Args:
-            is_agent: Whether a process, by its id on this host, is the agent.
+            is_agent: As in `listen`.
 
         Raises:
             SandboxError: it ended first.
         """
-        loop = asyncio.get_running_loop()
-        self._is_agent = is_agent
-        self._server = await loop.create_unix_server(lambda: _Wire(self), sock=self._listener)
-        await self.ready()
+        await self.listen(is_agent)
+        await self.dialled()
 
     def fail(self, error: SandboxError) -> None:
         """Ends the line, and the listening."""

@@ -119,7 +119,7 @@ def _docker(image: str) -> Iterator[Finding]:
         client.images.get(image)
         yield Finding("sandbox image", image, "The docker backend's default image is ready.")
     except ImageNotFound:
-        yield Finding("sandbox image", "", f"Build {image} with launch/sandbox_image.sh.")
+        yield Finding("sandbox image", "", f"Build {image} with klong sandbox image build.")
     except (DockerException, RequestException) as error:
         yield Finding("sandbox image", "", f"The daemon does not say: {error}")
     finally:

@@ -5,7 +5,8 @@ The service answers `{"error": sentence, "kind": kind}`; the client raises the c
 
 from __future__ import annotations
 
-from typing import ClassVar
+import errno
+from typing import Any, ClassVar
 
 
 class SandboxError(Exception):
@@ -13,6 +14,13 @@ class SandboxError(Exception):
 
     kind: ClassVar[str] = "failed"
     status: ClassVar[int] = 500
+    infra: ClassVar[bool] = True
+    """Whether service or host failed, and not who asked: no reason to grade an agent by it."""
+
+    def __init__(self, sentence: str = "", **facts: Any) -> None:
+        """Says it in one sentence; `facts` are what a program may want of it, in JSON."""
+        super().__init__(sentence)
+        self.facts = facts
 
 
 class SandboxRefused(SandboxError):
@@ -20,6 +28,7 @@ class SandboxRefused(SandboxError):
 
     kind = "refused"
     status = 400
+    infra = False
 
 
 class SandboxTooLarge(SandboxRefused):
@@ -34,6 +43,27 @@ class SandboxUnauthorised(SandboxRefused):
 
     kind = "unauthorised"
     status = 401
+    infra = True
+
+
+class SandboxGated(SandboxRefused):
+    """The sandbox's gates do not let it through yet: something must be read, or done, first."""
+
+    kind = "gated"
+    status = 409
+
+
+class SandboxUnfinished(SandboxGated):
+    """The finish check fails; `facts["check"]` has the fields of its `ExecResult`."""
+
+    kind = "unfinished"
+
+
+class SandboxEnded(SandboxRefused):
+    """The sandbox's work has ended: its files can be read, and nothing else."""
+
+    kind = "ended"
+    status = 409
 
 
 class SandboxFileMissing(SandboxError):
@@ -41,6 +71,7 @@ class SandboxFileMissing(SandboxError):
 
     kind = "file_missing"
     status = 404
+    infra = False
 
 
 class SandboxGone(SandboxError):
@@ -61,6 +92,27 @@ class SandboxSessionEnded(SandboxError):
 
     kind = "session_ended"
     status = 404
+    infra = False
+
+
+class SandboxPaused(SandboxError):
+    """The sandbox is paused; resume it first."""
+
+    kind = "paused"
+    status = 409
+
+
+class SandboxSnapshotMissing(SandboxRefused):
+    """There is no snapshot of that digest."""
+
+    kind = "snapshot_missing"
+    status = 404
+
+
+class SandboxSnapshotDamaged(SandboxError):
+    """What is stored of a snapshot is not what was stored; the host's fault, not the sandbox's."""
+
+    kind = "snapshot_damaged"
 
 
 class SandboxUnavailable(SandboxError):
@@ -75,10 +127,37 @@ _CLASSES: tuple[type[SandboxError], ...] = (
     SandboxRefused,
     SandboxTooLarge,
     SandboxUnauthorised,
+    SandboxGated,
+    SandboxUnfinished,
+    SandboxEnded,
     SandboxFileMissing,
     SandboxGone,
     SandboxLost,
     SandboxSessionEnded,
     SandboxUnavailable,
+    SandboxPaused,
+    SandboxSnapshotMissing,
+    SandboxSnapshotDamaged,
 )
 BY_KIND: dict[str, type[SandboxError]] = {cls.kind: cls for cls in _CLASSES}
+
+_REMEDIES = {
+    errno.ENOSPC: "free space on the disk of its state and temporary directories",
+    errno.EDQUOT: "raise the disk quota of the service's user",
+    errno.EAGAIN: "close sandboxes, or raise the limit of processes of the service",
+    errno.ENOMEM: "close sandboxes, or give the service more memory",
+    errno.EMFILE: "raise the limit of open files of the service (ulimit -n)",
+    errno.ENFILE: "raise the host's limit of open files (fs.file-max)",
+}
+
+
+def host_fault(error: OSError | RuntimeError) -> SandboxError:
+    """What an error of the operating system means for who uses a sandbox."""
+    if isinstance(error, OSError):
+        number, said = error.errno, error.strerror or str(error)
+    else:
+        # All that Python says when there is no room for another thread.
+        number, said = errno.EAGAIN if "new thread" in str(error) else None, str(error)
+    if number in _REMEDIES:
+        return SandboxUnavailable(f"the sandbox host fails: {said}; {_REMEDIES[number]}.")
+    return SandboxError(f"the sandbox host fails: {said}; the service's log says more.")

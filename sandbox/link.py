@@ -8,14 +8,16 @@ none ends the sandbox.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import secrets
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from typing import Protocol
 
 from sandbox.errors import BY_KIND, SandboxError, SandboxLost
 from sandbox.protocol import VERSION, Decoder, Header, ProtocolError, encode
+from sandbox.standstill import Standstill
 
 log = logging.getLogger("sandbox")
 
@@ -60,14 +62,57 @@ class Link:
         self.agent_pid: int | None = None
         self._error: SandboxError | None = None
         self._ready = asyncio.get_running_loop().create_future()
+        # Of one that can be frozen: for how long it was.
+        self.standstill: Standstill | None = None
+        # What is waited for, and the seconds that each has left once the agent runs again.
+        self._patience: dict[asyncio.Timeout, float] = {}
+        self._overdue = False
 
-    async def ready(self) -> None:
+    async def dialled(self) -> None:
         """Waits until the agent has said hello.
 
         Raises:
             SandboxError: it ended first.
         """
         await asyncio.shield(self._ready)
+
+    @property
+    def is_held(self) -> bool:
+        """Whether the agent is frozen, or an earlier service that was killed had frozen it."""
+        return self.standstill is not None and self.standstill.began is not None
+
+    def hold(self) -> None:
+        """The agent is about to be frozen: what it owes is not late until it runs again."""
+        if self.standstill is not None:
+            self.standstill.begin()
+        now = asyncio.get_running_loop().time()
+        for timeout in self._patience:
+            when = timeout.when()
+            if when is not None and not timeout.expired():
+                self._patience[timeout] = when - now
+                timeout.reschedule(None)
+
+    def release(self) -> None:
+        """The agent is about to run again."""
+        if self.standstill is not None:
+            self.standstill.end()
+        now = asyncio.get_running_loop().time()
+        for timeout, left_s in self._patience.items():
+            if not timeout.expired():
+                timeout.reschedule(now + left_s)
+        if self._overdue:
+            self._overdue = False
+            asyncio.get_running_loop().call_later(self._redial_s, self._give_up)
+
+    @contextlib.asynccontextmanager
+    async def _within(self, seconds: float) -> AsyncIterator[None]:
+        """As `asyncio.timeout`, but for the time that the agent is frozen."""
+        async with asyncio.timeout(None if self.is_held else seconds) as timeout:
+            self._patience[timeout] = seconds
+            try:
+                yield
+            finally:
+                del self._patience[timeout]
 
     async def call(
         self,
@@ -110,7 +155,7 @@ class Link:
             future.add_done_callback(lambda _: self._outstanding.pop(operation, None))
             self._send(frame)
         try:
-            async with asyncio.timeout(timeout_s):
+            async with self._within(timeout_s):
                 answer, data = await asyncio.shield(future)
         except TimeoutError:
             raise SandboxLost("the agent inside the sandbox does not answer.") from None
@@ -135,7 +180,7 @@ class Link:
         self._send(encode({"op": "cancel", "target": operation}))
         # Until what the operation started is dead; nothing to wait for if the sandbox is.
         with suppress(SandboxError, TimeoutError):
-            async with asyncio.timeout(GRACE_S):
+            async with self._within(GRACE_S):
                 await asyncio.shield(future)
 
     def fail(self, error: SandboxError) -> None:
@@ -216,5 +261,7 @@ class Link:
             loop.call_later(self._redial_s, self._give_up)
 
     def _give_up(self) -> None:
-        if self._wire is None:
+        if self._wire is None and self.is_held:
+            self._overdue = True  # It cannot dial, frozen as it is.
+        elif self._wire is None:
             self.fail(SandboxLost("the agent inside the sandbox has gone; so has the sandbox."))

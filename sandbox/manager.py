@@ -7,11 +7,13 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Awaitable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 from sandbox.api import (
+    EndRequest,
     Event,
     ExecRequest,
     ExecResult,
@@ -19,15 +21,26 @@ from sandbox.api import (
     SandboxInfo,
     SessionRequest,
     SessionResult,
+    SnapshotInfo,
     check_session,
 )
 from sandbox.backends.base import Backend, Box
-from sandbox.errors import SandboxError, SandboxGone, SandboxRefused, SandboxUnavailable
+from sandbox.checkpoints import Checkpoints
+from sandbox.errors import (
+    SandboxError,
+    SandboxGone,
+    SandboxPaused,
+    SandboxRefused,
+    SandboxUnavailable,
+    SandboxUnfinished,
+)
 from sandbox.files import Files
+from sandbox.gates import Gate
 from sandbox.link import OnOutput
+from sandbox.look import Look
 from sandbox.metrics import Metrics
 from sandbox.pool import Pool
-from sandbox.spec import SandboxSpec, check_id
+from sandbox.spec import Gates, SandboxSpec, check_id
 from sandbox.usage import Usage, usage
 
 log = logging.getLogger("sandbox")
@@ -39,17 +52,23 @@ _MAX_COMMAND = 120_000
 _MAX_FORBIDDEN = 10_000
 
 
-R = TypeVar("R", bound=ExecResult)
+R = TypeVar("R")
+C = TypeVar("C", bound=ExecResult)
 
 
 @dataclass
 class _Entry:
     info: SandboxInfo
     box: Box
+    gate: Gate
     expiry: asyncio.TimerHandle
     # Requests under way, and the end of the time that it may go without one.
     busy: int = 0
     idle: asyncio.TimerHandle | None = None
+    # What ran when it was paused; its agent cannot tell meanwhile.
+    look: Look | None = None
+    # Pausing, resuming and snapshots come one after another.
+    turn: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     def stop(self) -> None:
         """Cancels both timers."""
@@ -61,19 +80,24 @@ class _Entry:
 class Manager:
     """Creates, finds and removes sandboxes on one event loop."""
 
-    def __init__(self, backend: Backend, *, pool: int = 0, pool_idle_s: float = 600.0) -> None:
+    def __init__(
+        self, backend: Backend, *, pool: int = 0, pool_idle_s: float = 600.0, disk_mb: int = 0
+    ) -> None:
         """Keeps the sandboxes of a backend; `start` starts it.
 
         Args:
             backend: Not started yet.
             pool: Sandboxes that are kept ready, of the kinds asked for last.
             pool_idle_s: Seconds that one is kept ready.
+            disk_mb: `limits.disk_mb` of sandboxes that ask for none; 0 leaves them without.
         """
+        self._disk_mb = disk_mb
         self.backend = backend
         self.pool = Pool(backend, size=pool, idle_s=pool_idle_s, on_idle=self._reaped)
         self.metrics = Metrics(
             living=lambda: len(self._entries), waiting=lambda: len(self.pool.waiting)
         )
+        self.checkpoints = Checkpoints(backend, self.metrics)
         self._entries: dict[str, _Entry] = {}
         self._closing: dict[str, asyncio.Task[None]] = {}
         self._creating: set[str] = set()
@@ -83,9 +107,13 @@ class Manager:
 
     async def start(self) -> None:
         """Starts the backend; the sandboxes that it adopts are kept from now on."""
-        for box in await self.backend.start():
-            self._keep(box)
-            self.backend.store.log(box.info.id, "adopt")
+        adopted = await self.backend.start()
+        self.metrics.reaps.labels("orphaned").inc(self.backend.reaped)
+        self.metrics.adoptions.inc(len(adopted))
+        for box in adopted:
+            self._keep(box, self.backend.store.left_s(box.info))
+            self._record(box.info.id, "adopt")
+        await self.checkpoints.start()
 
     async def create(self, sandbox_id: str, spec: SandboxSpec) -> SandboxInfo:
         """Makes a sandbox that expires after the spec's lifetime.
@@ -96,6 +124,7 @@ class Manager:
         if self._shut:
             raise SandboxUnavailable("the sandbox service is shutting down.")
         check_id(sandbox_id)
+        spec = self._with_quota(spec)
         if sandbox_id in self._forbidden:
             raise SandboxGone(f"sandbox {sandbox_id} was closed already.")
         if (entry := self._entries.get(sandbox_id)) and entry.info.spec == spec:
@@ -104,12 +133,19 @@ class Manager:
             raise SandboxRefused(f"there is a sandbox {sandbox_id} already; choose another id.")
         self._creating.add(sandbox_id)
         try:
+            await self.checkpoints.check(spec)
             return await self._create(sandbox_id, spec)
         finally:
             self._creating.discard(sandbox_id)
 
+    def _with_quota(self, spec: SandboxSpec) -> SandboxSpec:
+        if spec.limits.disk_mb is not None or not self._disk_mb:
+            return spec
+        limits = dataclasses.replace(spec.limits, disk_mb=self._disk_mb)
+        return dataclasses.replace(spec, limits=limits)
+
     async def _create(self, sandbox_id: str, spec: SandboxSpec) -> SandboxInfo:
-        now = time.time()
+        now, began = time.time(), time.monotonic()
         info = SandboxInfo(
             id=sandbox_id,
             backend=self.backend.name,
@@ -128,34 +164,42 @@ class Manager:
         if sandbox_id in self._forbidden:
             self._start_undo(sandbox_id, creation)
             raise SandboxGone(f"sandbox {sandbox_id} was closed meanwhile.")
-        self._keep(box)
+        self._keep(box, spec.lifetime_s - (time.monotonic() - began))
         return info
 
     async def _make(self, info: SandboxInfo) -> Box:
         """Claims or makes a sandbox; the intent is in the log before, the outcome after."""
-        note = self.backend.store.log
         began = time.monotonic()
         limits = dataclasses.asdict(info.spec.limits)
-        note(info.id, "create", image=info.spec.image, limits=limits, labels=info.spec.labels)
+        facts = {"image": info.spec.image, "snapshot": info.spec.snapshot, "limits": limits}
+        self.backend.store.log(info.id, "create", **facts, labels=info.spec.labels)
         try:
             box = await self.pool.claim(info)
             source = "new" if box is None else "pool"
             if box is None:
                 box = await self.backend.create(info)
+            await self.checkpoints.restore(box)
         except (SandboxError, OSError) as error:
-            note(info.id, "fail", error=str(error))
+            self._record(info.id, "fail", error=str(error))
             raise
         self.pool.want(info.spec)
         seconds = time.monotonic() - began
-        note(info.id, "ready", source=source, seconds=round(seconds, 6))
+        self._record(info.id, "ready", source=source, seconds=round(seconds, 6))
         self.metrics.creations.labels(source).observe(seconds)
         return box
 
-    def _keep(self, box: Box) -> None:
-        left_s = max(0.0, box.info.expires_at - time.time())
+    def _record(self, sandbox_id: str, kind: str, **facts: Any) -> None:
+        """Logs what has happened already; what may not be logged is not begun, but this is done."""
+        try:
+            self.backend.store.log(sandbox_id, kind, **facts)
+        except SandboxUnavailable as error:
+            log.warning("sandbox %s: %s %s is not logged: %s", sandbox_id, kind, facts, error)
+
+    def _keep(self, box: Box, left_s: float) -> None:
+        gate = Gate(self.backend.store, box.info.id)
         loop = asyncio.get_running_loop()
         expiry = loop.call_later(left_s, self._expire, box.info.id)
-        entry = self._entries[box.info.id] = _Entry(box.info, box, expiry)
+        entry = self._entries[box.info.id] = _Entry(box.info, box, gate, expiry)
         self._rest(entry)
 
     def list(self) -> list[SandboxInfo]:
@@ -182,14 +226,15 @@ class Manager:
         return found
 
     def usage(self) -> dict[str, dict[str, Any]]:
-        """What each sandbox takes of this host now, by id; one elsewhere takes nothing of it."""
-        agents = {i: entry.box.link.agent_pid for i, entry in self._entries.items()}
-        here = [pid for pid in agents.values() if pid is not None]
-        used = usage(here, minded=self.backend.isolation != "none")
+        """What each sandbox takes of the host now, by id."""
+        agents = {i: entry.box.link.agent_pid or 0 for i, entry in self._entries.items()}
+        # One that another service has paused has not dialled yet.
+        dialled = [agent for agent in agents.values() if agent]
+        used = usage(dialled, minded=self.backend.isolation != "none")
         return {
             sandbox_id: {
                 "state": self._state(self._entries[sandbox_id]),
-                **dataclasses.asdict(used.get(agent or 0, Usage(0, 0))),
+                **dataclasses.asdict(used.get(agent, Usage(0, 0))),
             }
             for sandbox_id, agent in agents.items()
         }
@@ -197,37 +242,44 @@ class Manager:
     def _state(self, entry: _Entry) -> str:
         if entry.box.link.is_lost:
             return "lost"
+        if entry.info.paused_at is not None:
+            return "paused"
         return "busy" if entry.busy else "idle"
 
-    def workspace(self, sandbox_id: str, kind: str, path: str = "") -> Files:
+    @contextlib.contextmanager
+    def workspace(
+        self, sandbox_id: str, kind: str, path: str = "", *, writes: bool = False
+    ) -> Iterator[Files]:
         """The files of a sandbox, for a transfer that the log names."""
-        entry = self._entry(sandbox_id)
-        self.backend.store.log(sandbox_id, kind, **({"path": path} if path else {}))
-        with self._use(entry):
-            return entry.box.workspace
+        entry = self._awake(sandbox_id)
+        with entry.gate.writing() if writes else contextlib.nullcontext(), self._use(entry):
+            self.backend.store.log(sandbox_id, kind, **({"path": path} if path else {}))
+            yield entry.box.workspace
 
     async def exec(
         self, sandbox_id: str, request: ExecRequest, on_output: OnOutput | None = None
     ) -> ExecResult:
         """Runs one command; closing the sandbox ends it with `SandboxGone`."""
-        entry = self._entry(sandbox_id)
+        entry = self._working(sandbox_id)
         _check_size(entry, request.command, {**entry.info.spec.env, **request.env})
         limit = entry.info.spec.limits.output_bytes
         if request.output_bytes is not None and request.output_bytes > limit:
             raise SandboxRefused(f"output_bytes: may not be over the sandbox's limit of {limit}.")
         facts = {"command": request.command, "cwd": request.cwd}
-        return await self._command(entry, "exec", facts, entry.box.exec(request, on_output))
+        return await self._command(
+            entry, "exec", facts, partial(entry.box.exec, request, on_output)
+        )
 
     async def _command(
-        self, entry: _Entry, kind: str, facts: dict[str, Any], work: Awaitable[R]
-    ) -> R:
+        self, entry: _Entry, kind: str, facts: dict[str, Any], work: Callable[[], Awaitable[C]]
+    ) -> C:
         """Waits for a command; the log has it before it runs, and how it ended."""
-        sandbox_id, note = entry.info.id, self.backend.store.log
-        note(sandbox_id, kind, **facts)
+        sandbox_id, note = entry.info.id, self._record
+        self.backend.store.log(sandbox_id, kind, **facts)
         began = time.monotonic()
         try:
             with self._use(entry):
-                result = await work
+                result = await work()
         except SandboxError as error:
             note(sandbox_id, "fail", error=str(error))
             raise
@@ -250,7 +302,7 @@ class Manager:
 
     async def open_session(self, sandbox_id: str, name: str, request: SessionRequest) -> None:
         """Starts a session under a name of its own."""
-        entry = self._entry(sandbox_id)
+        entry = self._working(sandbox_id)
         check_session(name)
         _check_size(entry, "", {**entry.info.spec.env, **request.env})
         self.backend.store.log(sandbox_id, "open", session=name, cwd=request.cwd)
@@ -261,15 +313,17 @@ class Manager:
         self, sandbox_id: str, name: str, request: RunRequest, on_output: OnOutput | None = None
     ) -> SessionResult:
         """Runs a command in a session."""
-        entry = self._entry(sandbox_id)
+        entry = self._working(sandbox_id)
         check_session(name)
         _check_size(entry, request.command, {})
         facts = {"session": name, "command": request.command}
-        return await self._command(entry, "run", facts, entry.box.run(name, request, on_output))
+        return await self._command(
+            entry, "run", facts, partial(entry.box.run, name, request, on_output)
+        )
 
     async def close_session(self, sandbox_id: str, name: str) -> None:
         """Ends a session; one that is not there is no error."""
-        entry = self._entry(sandbox_id)
+        entry = self._awake(sandbox_id)
         check_session(name)
         self.backend.store.log(sandbox_id, "end", session=name)
         with self._use(entry):
@@ -278,6 +332,99 @@ class Manager:
     async def cancel(self, sandbox_id: str, operation: str) -> None:
         """Ends an operation that its caller has given up."""
         await self._entry(sandbox_id).box.link.cancel(operation)
+
+    async def pause(self, sandbox_id: str) -> SandboxInfo:
+        """Stops everything in a sandbox until it is resumed; one that is paused stays so."""
+        return await _whole(self._pause(self._entry(sandbox_id)))
+
+    async def _pause(self, entry: _Entry) -> SandboxInfo:
+        async with entry.turn:
+            if entry.info.paused_at is None:
+                look = await entry.box.look()
+                # Before it stands still: another service must know that it was meant to.
+                self._note_paused(entry, time.time())
+                try:
+                    await entry.box.freeze()
+                except BaseException:
+                    self._note_paused(entry, None)
+                    raise
+                entry.look = look
+                self.backend.store.log(entry.info.id, "pause")
+            return entry.info
+
+    async def resume(self, sandbox_id: str) -> SandboxInfo:
+        """Lets everything in a paused sandbox run on; one that runs does so."""
+        return await _whole(self._resume(self._entry(sandbox_id)))
+
+    async def _resume(self, entry: _Entry) -> SandboxInfo:
+        async with entry.turn:
+            if entry.info.paused_at is not None:
+                self.backend.store.log(entry.info.id, "resume")
+                await entry.box.thaw()
+                entry.look = None
+                self._note_paused(entry, None)
+            return entry.info
+
+    def _note_paused(self, entry: _Entry, at: float | None) -> None:
+        entry.info = entry.box.info = dataclasses.replace(entry.info, paused_at=at)
+        self.backend.store.update(entry.info)
+        self._rest(entry)
+
+    async def snapshot(self, sandbox_id: str) -> SnapshotInfo:
+        """Keeps the files and sessions of a sandbox, which stands still meanwhile."""
+        entry = self._entry(sandbox_id)
+        with self._use(entry):
+            async with entry.turn:
+                if entry.info.paused_at is not None and entry.look is None:
+                    raise SandboxPaused(
+                        f"sandbox {sandbox_id} was paused by a service that is gone, and with it "
+                        "what it knew of the sessions: resume it before a snapshot."
+                    )
+                return await self.checkpoints.take(entry.box, entry.look)
+
+    def arm(self, sandbox_id: str, gates: Gates) -> None:
+        """Sets the gates of a sandbox, once and for all."""
+        entry = self._entry(sandbox_id)
+        _check_size(entry, gates.finish_check, entry.info.spec.env)
+        facts = {"parts": len(gates.reading), "finish_check": gates.finish_check}
+        self.backend.store.log(sandbox_id, "arm", **facts)
+        with self._use(entry):
+            entry.gate.arm(gates)
+
+    def take(self, sandbox_id: str, part: int) -> str:
+        """A text of a sandbox's mandatory reading."""
+        entry = self._entry(sandbox_id)
+        self.backend.store.log(sandbox_id, "take", part=part)
+        with self._use(entry):
+            return entry.gate.take(part)
+
+    async def end(self, sandbox_id: str, request: EndRequest) -> ExecResult | None:
+        """Ends the work in a sandbox, if its gates let it; what runs is killed.
+
+        Returns:
+            The result of the finish check; None if there is none, or the end was before.
+
+        Raises:
+            SandboxGated: there is something to read yet.
+            SandboxUnfinished: the finish check fails.
+        """
+        entry = self._awake(sandbox_id)
+        with entry.gate.ending() as finish_check:
+            if finish_check is None:
+                return None
+            result = None
+            if finish_check:
+                check = ExecRequest(finish_check, **vars(request))
+                facts = {"command": finish_check}
+                result = await self._command(entry, "check", facts, partial(entry.box.exec, check))
+                if result.exit_code != 0:
+                    failed = dataclasses.asdict(result)
+                    raise SandboxUnfinished("the finish check fails.", check=failed)
+            with self._use(entry):
+                await entry.box.halt()
+            entry.gate.end()
+            self._record(sandbox_id, "finish")
+            return result
 
     async def close(self, sandbox_id: str) -> None:
         """Removes a sandbox; closing one that is not there, or not yet, forbids its id."""
@@ -303,6 +450,18 @@ class Manager:
         except KeyError:
             raise SandboxGone(f"there is no sandbox {sandbox_id}; it may have expired.") from None
 
+    def _awake(self, sandbox_id: str) -> _Entry:
+        entry = self._entry(sandbox_id)
+        if entry.info.paused_at is not None:
+            raise SandboxPaused(f"sandbox {sandbox_id} is paused: resume it first.")
+        return entry
+
+    def _working(self, sandbox_id: str) -> _Entry:
+        """A sandbox whose gates let work through."""
+        entry = self._awake(sandbox_id)
+        entry.gate.admit_work()
+        return entry
+
     @contextlib.contextmanager
     def _use(self, entry: _Entry) -> Iterator[None]:
         """Keeps a sandbox from being idle."""
@@ -318,7 +477,12 @@ class Manager:
         if entry.idle is not None:
             entry.idle.cancel()
         idle_s = entry.info.spec.idle_s
-        if idle_s is not None and self._entries.get(entry.info.id) is entry:
+        # Whoever pauses one will come back: it is not idle.
+        if (
+            entry.info.paused_at is None
+            and idle_s is not None
+            and self._entries.get(entry.info.id) is entry
+        ):
             loop = asyncio.get_running_loop()
             entry.idle = loop.call_later(idle_s, self._end_idle, entry)
 
@@ -337,7 +501,7 @@ class Manager:
     def _start_close(self, sandbox_id: str, why: str) -> None:
         entry = self._entries.pop(sandbox_id, None)
         if entry is not None:
-            self.backend.store.log(sandbox_id, "close", why=why)
+            self._record(sandbox_id, "close", why=why)
             entry.stop()
             task = asyncio.get_running_loop().create_task(self._close(entry))
             self._closing[sandbox_id] = task
@@ -363,6 +527,11 @@ class Manager:
             raise
         finally:
             self._closing.pop(entry.info.id, None)
+
+
+async def _whole(work: Coroutine[Any, Any, R]) -> R:
+    """Does something to its end, also if whoever waits for it goes away."""
+    return await asyncio.shield(asyncio.ensure_future(work))
 
 
 def _check_size(entry: _Entry, command: str, env: Mapping[str, str]) -> None:

@@ -42,6 +42,13 @@ class Metrics:
             buckets=_COMMAND_S,
             registry=registry,
         )
+        self.snapshots = Histogram(
+            "klong_sandbox_snapshot_seconds",
+            "Time of snapshots by what is done: take, or restore (in a creation).",
+            ["action"],
+            buckets=_CREATION_S,
+            registry=registry,
+        )
         self.rejections = Counter(
             "klong_sandbox_rejections",
             "Requests that were answered with an error, by its kind.",
@@ -50,8 +57,14 @@ class Metrics:
         )
         self.reaps = Counter(
             "klong_sandbox_reaps",
-            "Sandboxes that nobody closed: expired, abandoned, or idle in the pool for too long.",
+            "Sandboxes that nobody closed: expired, abandoned, idle in the pool for too long, or "
+            "orphaned by a service that died.",
             ["reason"],
+            registry=registry,
+        )
+        self.adoptions = Counter(
+            "klong_sandbox_adoptions",
+            "Sandboxes of a service that died, taken over alive.",
             registry=registry,
         )
         gauge = Gauge("klong_sandbox_living", "Sandboxes that callers have.", registry=registry)

@@ -1,8 +1,8 @@
 """Sandboxes made ahead, so that a caller waits for a claim and not for a creation.
 
 What was asked for lately will be asked for again: for each such kind of sandbox some wait, made
-in the background one after another. Environment, labels, lifetime and idle time are no part of a
-kind, for they are given at the claim.
+in the background one after another. Environment, labels, lifetime, idle time and snapshot are no
+part of a kind, for they are given at the claim.
 """
 
 from __future__ import annotations
@@ -108,7 +108,9 @@ class Pool:
         return self._size // len(self._kinds)
 
     def _without_owner(self, spec: SandboxSpec) -> SandboxSpec:
-        return dataclasses.replace(spec, env={}, labels={}, lifetime_s=self._idle_s, idle_s=None)
+        return dataclasses.replace(
+            spec, env={}, labels={}, lifetime_s=self._idle_s, idle_s=None, snapshot=None
+        )
 
     def _key(self, spec: SandboxSpec) -> str:
         return json.dumps(to_json(self._without_owner(spec)))

@@ -20,6 +20,9 @@ VERSION = 1
 
 MAX_HEADER = 1 << 20
 
+# In the directory of the socket: the seconds for which the agent was frozen, all together.
+FROZEN_FILE = "frozen"
+
 _LENGTHS = struct.Struct(">II")
 
 # As in `typing`, whose import a sandbox would wait for.

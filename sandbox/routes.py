@@ -10,6 +10,7 @@ import json
 import logging
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractContextManager
 from io import BytesIO
 from typing import Any, BinaryIO
 
@@ -17,13 +18,27 @@ from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from sandbox.api import ExecRequest, ExecResult, RunRequest, SessionRequest, parse, to_json
+from sandbox.api import (
+    EndRequest,
+    ExecRequest,
+    ExecResult,
+    RunRequest,
+    SessionRequest,
+    parse,
+    to_json,
+)
 from sandbox.backends import Backend
-from sandbox.errors import SandboxError, SandboxRefused, SandboxTooLarge, SandboxUnauthorised
+from sandbox.errors import (
+    SandboxError,
+    SandboxRefused,
+    SandboxTooLarge,
+    SandboxUnauthorised,
+    host_fault,
+)
 from sandbox.files import Files
 from sandbox.link import OnOutput
 from sandbox.manager import Manager
-from sandbox.spec import SandboxSpec
+from sandbox.spec import Gates, SandboxSpec
 
 log = logging.getLogger("sandbox")
 
@@ -35,7 +50,12 @@ _MANAGER = web.AppKey("manager", Manager)
 
 
 def create_app(
-    backend: Backend, *, token: str | None = None, pool: int = 0, pool_idle_s: float = 600.0
+    backend: Backend,
+    *,
+    token: str | None = None,
+    pool: int = 0,
+    pool_idle_s: float = 600.0,
+    disk_mb: int = 0,
 ) -> web.Application:
     """The application over a backend; it starts the backend and removes every sandbox at its end.
 
@@ -44,12 +64,13 @@ def create_app(
         token: Bearer token that every request but `/health` must carry; None asks for none.
         pool: Sandboxes that are kept ready, of the kinds asked for last.
         pool_idle_s: Seconds that one is kept ready.
+        disk_mb: `limits.disk_mb` of sandboxes that ask for none; 0 leaves them without.
     """
     middlewares: list[Middleware] = [_answer_errors]
     if token is not None:
         middlewares.append(_require(token))
     app = web.Application(middlewares=middlewares, client_max_size=_MAX_JSON)
-    app[_MANAGER] = Manager(backend, pool=pool, pool_idle_s=pool_idle_s)
+    app[_MANAGER] = Manager(backend, pool=pool, pool_idle_s=pool_idle_s, disk_mb=disk_mb)
     app.cleanup_ctx.append(_backend_lifetime)
     # Before aiohttp waits for running requests: a closed sandbox answers its commands.
     app.on_shutdown.append(_close_all)
@@ -68,7 +89,16 @@ def create_app(
             web.put(f"{box}/sessions/{{name}}", _open_session),
             web.post(f"{box}/sessions/{{name}}", _run),
             web.delete(f"{box}/sessions/{{name}}", _close_session),
+            web.put(f"{box}/gates", _arm),
+            web.post(f"{box}/reading/{{part}}", _take),
+            web.post(f"{box}/end", _end),
             web.get(f"{box}/log", _log),
+            web.post(f"{box}/pause", _pause),
+            web.post(f"{box}/resume", _resume),
+            web.post(f"{box}/snapshots", _snapshot),
+            web.get("/snapshots", _snapshots),
+            web.get("/snapshots/{digest}", _show_snapshot),
+            web.delete("/snapshots/{digest}", _delete_snapshot),
             web.get(f"{box}/files", _read),
             web.put(f"{box}/files", _write),
             web.get(f"{box}/archive", _download),
@@ -99,17 +129,24 @@ async def _answer_errors(request: web.Request, handler: Handler) -> web.StreamRe
             return await handler(request)
         except ConnectionError:
             raise  # The caller is gone; there is nobody to answer.
-        except OSError as error:
+        except (OSError, RuntimeError) as error:
             log.exception("%s %s", request.method, request.path)
-            raise SandboxError(f"the sandbox host fails: {error}.") from error
+            raise host_fault(error) from error
     except SandboxError as error:
         request.app[_MANAGER].metrics.rejections.labels(error.kind).inc()
-        return web.json_response({"error": str(error), "kind": error.kind}, status=error.status)
+        return web.json_response(_told(error), status=error.status)
+    except web.HTTPRequestEntityTooLarge:
+        sentence = f"the request is over the limit of {_MAX_JSON} bytes; write a file instead."
+        return web.json_response(_told(SandboxTooLarge(sentence)), status=SandboxTooLarge.status)
     except web.HTTPException as error:
         sentence = f"{request.method} {request.path}: {error.reason}."
-        return web.json_response(
-            {"error": sentence, "kind": SandboxRefused.kind}, status=error.status
-        )
+        return web.json_response(_told(SandboxRefused(sentence)), status=error.status)
+
+
+def _told(error: SandboxError) -> dict[str, Any]:
+    sentence = " ".join(str(error).splitlines())  # It may name what was asked for.
+    told = {"error": sentence, "kind": error.kind, "infra": error.infra}
+    return {**told, "facts": error.facts}
 
 
 def _require(token: str) -> Middleware:
@@ -119,14 +156,19 @@ def _require(token: str) -> Middleware:
     async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
         given = request.headers.get("Authorization", "").encode()
         if request.path != "/health" and not hmac.compare_digest(given, expected):
-            raise SandboxUnauthorised("the bearer token is missing or wrong.")
+            raise SandboxUnauthorised(
+                "the bearer token is missing or wrong; give the one that the service asks for."
+            )
         return await handler(request)
 
     return check
 
 
-def _workspace(request: web.Request, kind: str, path: str = "") -> Files:
-    return request.app[_MANAGER].workspace(request.match_info["id"], kind, path)
+def _workspace(
+    request: web.Request, kind: str, path: str = "", *, writes: bool = False
+) -> AbstractContextManager[Files]:
+    manager = request.app[_MANAGER]
+    return manager.workspace(request.match_info["id"], kind, path, writes=writes)
 
 
 def _path(request: web.Request) -> str:
@@ -225,7 +267,7 @@ async def _result(
         try:
             line = {"result": to_json(task.result())}
         except SandboxError as error:
-            line = {"error": str(error), "kind": error.kind}
+            line = _told(error)
         await response.write(json.dumps(line).encode() + b"\n")
         await response.write_eof()
     finally:
@@ -261,23 +303,77 @@ async def _close_session(request: web.Request) -> web.Response:
     return web.json_response({})
 
 
+async def _pause(request: web.Request) -> web.Response:
+    return web.json_response(to_json(await request.app[_MANAGER].pause(request.match_info["id"])))
+
+
+async def _resume(request: web.Request) -> web.Response:
+    return web.json_response(to_json(await request.app[_MANAGER].resume(request.match_info["id"])))
+
+
+async def _snapshot(request: web.Request) -> web.Response:
+    info = await request.app[_MANAGER].snapshot(request.match_info["id"])
+    return web.json_response(to_json(info), status=201)
+
+
+async def _snapshots(request: web.Request) -> web.Response:
+    found = await asyncio.to_thread(request.app[_MANAGER].checkpoints.stored.list)
+    return web.json_response({"snapshots": [to_json(info) for info in found]})
+
+
+async def _show_snapshot(request: web.Request) -> web.Response:
+    stored, digest = request.app[_MANAGER].checkpoints.stored, request.match_info["digest"]
+    return web.json_response(to_json(await asyncio.to_thread(stored.info, digest)))
+
+
+async def _delete_snapshot(request: web.Request) -> web.Response:
+    stored, digest = request.app[_MANAGER].checkpoints.stored, request.match_info["digest"]
+    await asyncio.to_thread(stored.delete, digest)
+    return web.json_response({})
+
+
+async def _arm(request: web.Request) -> web.Response:
+    gates = parse(Gates, await request.read())
+    request.app[_MANAGER].arm(request.match_info["id"], gates)
+    return web.json_response({}, status=201)
+
+
+async def _take(request: web.Request) -> web.Response:
+    part = request.match_info["part"]
+    if not (part.isdecimal() and part.isascii()):
+        raise SandboxRefused(f"part {part!r} is no number.")
+    text = request.app[_MANAGER].take(request.match_info["id"], int(part))
+    return web.json_response({"text": text})
+
+
+async def _end(request: web.Request) -> web.Response:
+    asked = parse(EndRequest, await request.read() or b"{}")
+    check = await request.app[_MANAGER].end(request.match_info["id"], asked)
+    return web.json_response({"check": None if check is None else to_json(check)})
+
+
 async def _read(request: web.Request) -> web.Response:
     path = _path(request)
-    data = await asyncio.to_thread(_workspace(request, "read", path).read, path)
+    with _workspace(request, "read", path) as workspace:
+        data = await asyncio.to_thread(workspace.read, path)
     return web.Response(body=data, content_type="application/octet-stream")
 
 
 async def _write(request: web.Request) -> web.Response:
     path = _path(request)
-    workspace = _workspace(request, "write", path)
-    with await _body(request, workspace.max_bytes) as body:
+    with (
+        _workspace(request, "write", path, writes=True) as workspace,
+        await _body(request, workspace.max_bytes) as body,
+    ):
         await asyncio.to_thread(workspace.write, path, body)
     return web.json_response({})
 
 
 async def _upload(request: web.Request) -> web.Response:
-    workspace = _workspace(request, "upload")
-    with await _body(request, workspace.max_bytes) as body:
+    with (
+        _workspace(request, "upload", writes=True) as workspace,
+        await _body(request, workspace.max_bytes) as body,
+    ):
         await asyncio.to_thread(workspace.unpack, body)
     return web.json_response({})
 
@@ -285,7 +381,8 @@ async def _upload(request: web.Request) -> web.Response:
 async def _download(request: web.Request) -> web.StreamResponse:
     # Packed whole before the first byte goes out, so that an error still has a status.
     with tempfile.TemporaryFile() as file:
-        await asyncio.to_thread(_workspace(request, "download").pack, file)
+        with _workspace(request, "download") as workspace:
+            await asyncio.to_thread(workspace.pack, file)
         response = web.StreamResponse(headers={"Content-Type": "application/x-tar"})
         response.content_length = file.tell()
         await response.prepare(request)

@@ -8,17 +8,24 @@ import errno
 import signal
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from aiohttp import web
 
-from sandbox.backends import Backend, BackendName, open_backend
-from sandbox.errors import SandboxRefused, SandboxUnavailable
+from sandbox.backends import Backend, BackendName, disk, open_backend
+from sandbox.errors import SandboxRefused, SandboxUnavailable, host_fault
 from sandbox.routes import create_app
 
 if TYPE_CHECKING:
     from sandbox.backends.kubernetes.options import Options
+
+# Of a sandbox that asks for no quota: more than work takes, less than fills a host's disk.
+_DISK_MB = 10_000
+
+# For files: their transfer and removal.
+_THREADS = 8
 
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
@@ -32,6 +39,7 @@ async def running(
     token: str | None = None,
     pool: int = 0,
     pool_idle_s: float = 600.0,
+    disk_mb: int = 0,
 ) -> AsyncIterator[str]:
     """Serves while the context is open; yields the base URL.
 
@@ -43,19 +51,25 @@ async def running(
         raise SandboxRefused(f"host {host} can be reached by others: set a token to serve there.")
     # A caller that goes away takes its command with it.
     runner = web.AppRunner(
-        create_app(backend, token=token, pool=pool, pool_idle_s=pool_idle_s),
+        create_app(backend, token=token, pool=pool, pool_idle_s=pool_idle_s, disk_mb=disk_mb),
         handler_cancellation=True,
         access_log=None,
         shutdown_timeout=5,
     )
-    await runner.setup()
+    asyncio.get_running_loop().set_default_executor(_started_threads())
+    try:
+        await runner.setup()
+    except OSError as error:
+        raise host_fault(error) from error
     try:
         site = web.TCPSite(runner, host, port)
         try:
             await site.start()
         except OSError as error:
             if error.errno != errno.EADDRINUSE:
-                raise
+                raise SandboxUnavailable(
+                    f"{host}, port {port}, cannot be served: {error.strerror}; choose others."
+                ) from None
             raise SandboxUnavailable(
                 f"port {port} of {host} is in use; choose another, or 0 for any free one."
             ) from None
@@ -64,6 +78,16 @@ async def running(
         yield f"http://{name}:{address[1]}"
     finally:
         await runner.cleanup()
+
+
+def _started_threads() -> ThreadPoolExecutor:
+    """Threads that are there already when the host has no more: to remove sandboxes, above all."""
+    threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="sandbox-files")
+    together = threading.Barrier(_THREADS + 1)
+    for _ in range(_THREADS):
+        threads.submit(together.wait)
+    together.wait()
+    return threads
 
 
 def serve(
@@ -76,6 +100,7 @@ def serve(
     state_dir: Path | None = None,
     pool: int = 0,
     pool_idle_s: float = 600.0,
+    disk_mb: int | None = None,
     cluster: Options | None = None,
     announce: Callable[[str], None] = print,
 ) -> None:
@@ -94,12 +119,15 @@ def serve(
         state_dir: Where workspaces live; None is a directory in the temporary one.
         pool: Sandboxes that are kept ready, of the kinds asked for last.
         pool_idle_s: Seconds that one is kept ready.
+        disk_mb: `limits.disk_mb` of sandboxes that ask for none; 0 leaves them without. None:
+            10 GB where this host can hold a quota, the namespace's default on Kubernetes.
         cluster: Of the Kubernetes backend; None takes its defaults.
         announce: Called once with a sentence that holds the URL.
 
     Raises:
         SandboxError: it cannot start; the message says why in one sentence.
     """
+    quota_mb = _quota_mb(disk_mb, backend)
 
     async def main() -> None:
         stop = asyncio.Event()
@@ -114,12 +142,31 @@ def serve(
             cluster=cluster,
         )
         async with running(
-            chosen, host=host, port=port, token=token, pool=pool, pool_idle_s=pool_idle_s
+            chosen,
+            host=host,
+            port=port,
+            token=token,
+            pool=pool,
+            pool_idle_s=pool_idle_s,
+            disk_mb=quota_mb,
         ) as url:
             announce(f"sandbox service ({backend}, isolation {chosen.isolation}) at {url}")
             await stop.wait()
 
     asyncio.run(main())
+
+
+def _quota_mb(asked: int | None, backend: BackendName) -> int:
+    if backend == "kubernetes" and asked is None:
+        return 0  # A LimitRange of the namespace says what is usual there.
+    lack = None if backend == "kubernetes" else disk.problem()
+    if asked is not None and asked != 0 and asked < 8:
+        raise SandboxRefused(f"disk_mb: {asked} is too small; set 8 or more, or 0 for no quota.")
+    if asked and lack is not None:
+        raise SandboxRefused(f"disk_mb: {lack}; leave it out, or serve where it can be had.")
+    if asked is None:
+        return 0 if lack is not None else _DISK_MB
+    return asked
 
 
 @contextlib.contextmanager

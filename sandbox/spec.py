@@ -21,6 +21,7 @@ STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 Text = Annotated[str, Field(pattern=r"^[^\x00]*$")]
 _Name = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 Env = Mapping[_Name, Text]
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 _ID = re.compile(r"sb-[a-z0-9]{8,40}")
 
@@ -80,6 +81,7 @@ class SandboxSpec:
         idle_s: Seconds without a request after which the service removes it; a running command is
             a request, a session or its background job none. None: never.
         network: Whether its commands may reach the network.
+        snapshot: Digest of the snapshot whose files and sessions it begins with.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
@@ -91,3 +93,19 @@ class SandboxSpec:
     lifetime_s: Annotated[float, Field(gt=0)] = 86_400.0
     idle_s: Annotated[float, Field(gt=0)] | None = None
     network: bool = False
+    snapshot: Digest | None = None
+
+
+@dataclass(frozen=True)
+class Gates:
+    """What the service asks of a sandbox's work, whoever asks for it.
+
+    Attributes:
+        reading: Texts that must have been taken one and all before any work, in order.
+        finish_check: Command that must succeed in the sandbox before it may end; may be empty.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    reading: tuple[str, ...] = ()
+    finish_check: Text = ""

@@ -75,7 +75,7 @@ class Transport:
                     elif "result" in line:
                         return json.dumps(line["result"]).encode()
                     else:
-                        raise BY_KIND[line["kind"]](line["error"])
+                        raise BY_KIND[line["kind"]](line["error"], **line["facts"])
         raise SandboxUnavailable("the answer of the sandbox service was cut.")
 
     @contextlib.asynccontextmanager
@@ -106,7 +106,7 @@ class Transport:
 def _error(status: int, data: bytes) -> SandboxError:
     try:
         answer = json.loads(data)
-        return BY_KIND[answer["kind"]](answer["error"])
+        return BY_KIND[answer["kind"]](answer["error"], **answer.get("facts", {}))
     except (ValueError, KeyError, TypeError):
         if status == 500:
             return SandboxError("the sandbox service failed; its log says why.")

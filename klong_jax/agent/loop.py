@@ -60,7 +60,7 @@ class Rollout:
             f"task {task.task_id}",
             self.reading.tokens(chat),
         )
-        self._tools = Toolbox(task, sandbox, self.reading)
+        self._tools = Toolbox(sandbox, self.reading)
         self.progress = Progress(task.instructions)
         self.failures: Counter[Failure] = Counter()
         self.trouble = ""
@@ -72,6 +72,7 @@ class Rollout:
         try:
             if self._task.workspace:
                 await self._sandbox.upload_tree(self._task.workspace)
+            await self._sandbox.arm(self.reading.gates(self._task.finish_check))
             while True:
                 status = await self._turn()
                 if status:

@@ -5,6 +5,7 @@ from typing import Any
 
 from klong_jax.core.message import Message, ToolCall
 from klong_jax.text.dialect import Dialect
+from sandbox.client import Gates
 
 
 class Reading:
@@ -24,16 +25,17 @@ class Reading:
         """Whether everything was read."""
         return len(self.read) == len(self._sections)
 
-    def take(self, section: Any) -> str | None:
-        """Reads a section, given by number; None if there is no such section."""
+    def gates(self, finish_check: str) -> Gates:
+        """What the sandbox's service is to enforce of this, whatever the agent's tools ask."""
+        return Gates(tuple(self._sections), finish_check)
+
+    def number(self, section: Any) -> int | None:
+        """The number that a call names a section by; None if there is no such section."""
         if isinstance(section, str) and section.strip().isdigit():
             section = int(section)
         if isinstance(section, bool) or not isinstance(section, int):
             return None
-        if not 1 <= section <= len(self._sections):
-            return None
-        self.read.add(section)
-        return self._sections[section - 1]
+        return section if 1 <= section <= len(self._sections) else None
 
     def reminder(self) -> str:
         """One line that names what is still unread."""

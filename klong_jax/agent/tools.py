@@ -7,13 +7,12 @@ from typing import Any
 from klong_jax.agent.failures import Failure
 from klong_jax.agent.reading import Reading
 from klong_jax.core.message import ToolCall
-from klong_jax.core.task import Task
 from sandbox.client import (
     ExecResult,
     Sandbox,
-    SandboxFileMissing,
-    SandboxRefused,
-    SandboxUnauthorised,
+    SandboxError,
+    SandboxGated,
+    SandboxUnfinished,
 )
 
 
@@ -91,8 +90,7 @@ class Outcome:
 class Toolbox:
     """Runs an agent's calls; what the agent got wrong is an answer, never an exception."""
 
-    def __init__(self, task: Task, sandbox: Sandbox, reading: Reading) -> None:
-        self._task = task
+    def __init__(self, sandbox: Sandbox, reading: Reading) -> None:
         self._sandbox = sandbox
         self._reading = reading
 
@@ -109,9 +107,11 @@ class Toolbox:
         if problem := _problem(call):
             return problem
         if call.name == "read_paper":
-            text = self._reading.take(call.arguments["section"])
-            if text is None:
+            section = self._reading.number(call.arguments["section"])
+            if section is None:
                 return Outcome(self._reading.numbers(), Failure.BAD_ARGUMENTS)
+            text = await self._sandbox.take_part(section)
+            self._reading.read.add(section)
             return Outcome(text, whole=True)
         if call.name == "end_task":
             return await self._end_task(timeout_s)
@@ -122,9 +122,9 @@ class Toolbox:
         begin = time.perf_counter()
         try:
             text = await self._file(call)
-        except SandboxUnauthorised:
-            raise
-        except (SandboxFileMissing, SandboxRefused) as error:
+        except SandboxError as error:
+            if error.infra:
+                raise
             return Outcome(str(error), Failure.TOOL_ERROR, time.perf_counter() - begin)
         return Outcome(text, seconds=time.perf_counter() - begin)
 
@@ -138,9 +138,9 @@ class Toolbox:
     async def _bash(self, command: str, timeout_s: float) -> Outcome:
         try:
             result = await self._sandbox.exec(command, timeout_s=timeout_s)
-        except SandboxUnauthorised:
-            raise
-        except SandboxRefused as error:
+        except SandboxError as error:
+            if error.infra:
+                raise
             return Outcome(str(error), Failure.TOOL_ERROR)
         text = _said(result)
         failure = None
@@ -155,13 +155,15 @@ class Toolbox:
     async def _end_task(self, timeout_s: float) -> Outcome:
         if not self._reading.complete:
             return Outcome(self._reading.reminder(), Failure.REFUSED_END)
-        if not self._task.finish_check:
-            return Outcome("ended", ended=True)
-        result = await self._sandbox.exec(self._task.finish_check, timeout_s=timeout_s)
-        if result.exit_code == 0:
-            return Outcome("ended", seconds=result.duration_s, ended=True)
-        why = next(iter(_said(result).splitlines()), "the finish check fails.")
-        return Outcome(f"not finished: {why}", Failure.REFUSED_END, result.duration_s)
+        try:
+            check = await self._sandbox.end(timeout_s=timeout_s)
+        except SandboxUnfinished as error:
+            failed = ExecResult(**error.facts["check"])
+            why = next(iter(_said(failed).splitlines()), str(error))
+            return Outcome(f"not finished: {why}", Failure.REFUSED_END, failed.duration_s)
+        except SandboxGated as error:
+            return Outcome(str(error), Failure.REFUSED_END)
+        return Outcome("ended", seconds=check.duration_s if check else 0.0, ended=True)
 
 
 def _said(result: ExecResult) -> str:

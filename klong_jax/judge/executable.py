@@ -60,8 +60,11 @@ class ExecutableJudge:
         try:
             grades = await self._grades(task, artifact, artifact_hash, evidence)
             score, status = task.rubric.grade(lambda leaf: grades[leaf.path]), Verdict.VALID
-        except (JudgeFailure, SandboxError) as error:
+        except JudgeFailure as error:
             reason = str(error)
+        except SandboxError as error:
+            # Whoever asked tells by the word that it was infrastructure, and tries again.
+            reason = f"sandbox: {error}"
         return Judgement(
             trajectory_id=trajectory.trajectory_id,
             artifact_hash=artifact_hash,

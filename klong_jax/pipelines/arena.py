@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -72,29 +72,30 @@ async def open_arena(
 ) -> AsyncIterator[Arena]:
     """Opens sandboxes, queue and engine, on a mesh, for policies like this one on these tasks."""
     context = config.splitting.policy()
-    queue = _open_queue(config.queue, folder.path, folder.run_id)
-    async with open_sandboxes(config.sandbox) as client:
-        runner = RolloutRunner(
-            queue,
-            {task.task_id: task for task in tasks},
-            client,
-            JudgePool(ExecutableJudge(client), config.agent.judges),
-            policy.dialect,
-            RolloutSettings(
-                policy=context,
-                make_clock=clock_factory(config.clock),
-                spec=sandbox_spec(config.sandbox),
-                max_turns=config.agent.max_turns,
-                tool_timeout_s=config.agent.tool_timeout_s,
-            ),
-            slots=config.engine.slots,
-            worker=f"{os.uname().nodename}/{os.getpid()}",
-        )
-        scope = partial(computing, mesh, config.kernels, SERVING)
-        engine = make_engine(policy, config.engine, context, scope)
-        yield Arena(context, queue, engine, runner, scope)
-        await engine.close()
-    queue.close()
+    with closing(_open_queue(config.queue, folder.path, folder.run_id)) as queue:
+        async with open_sandboxes(config.sandbox) as client:
+            runner = RolloutRunner(
+                queue,
+                {task.task_id: task for task in tasks},
+                client,
+                JudgePool(ExecutableJudge(client), config.agent.judges),
+                policy.dialect,
+                RolloutSettings(
+                    policy=context,
+                    make_clock=clock_factory(config.clock),
+                    spec=sandbox_spec(config.sandbox),
+                    max_turns=config.agent.max_turns,
+                    tool_timeout_s=config.agent.tool_timeout_s,
+                ),
+                slots=config.engine.slots,
+                worker=f"{os.uname().nodename}/{os.getpid()}",
+            )
+            scope = partial(computing, mesh, config.kernels, SERVING)
+            engine = make_engine(policy, config.engine, context, scope)
+            try:
+                yield Arena(context, queue, engine, runner, scope)
+            finally:
+                await engine.close()
 
 
 def _open_queue(section: QueueSection, folder: Path, run_id: str) -> RolloutQueue:

@@ -18,6 +18,13 @@ _USAGE = {
     "logs": "klong sandbox logs ID",
     "rm": "klong sandbox rm ID ...",
     "doctor": "klong sandbox doctor",
+    "image": "klong sandbox image build [slim | research | layer], image list, image prune or "
+    "image check NAME",
+    "pause": "klong sandbox pause ID ...",
+    "resume": "klong sandbox resume ID ...",
+    "snapshot": "klong sandbox snapshot ID",
+    "snapshots": "klong sandbox snapshots",
+    "drop": "klong sandbox drop DIGEST ...",
 }
 
 
@@ -30,7 +37,8 @@ def run(settings: SandboxConfig, *words: str) -> int:
     action, *names = words or ("serve",)
     if action not in _USAGE:
         raise UserError(f"there is no klong sandbox {action}; choose one of {', '.join(_USAGE)}")
-    expected = {"exec": len(names) == 2, "logs": len(names) == 1, "rm": len(names) >= 1}
+    expected = {"exec": len(names) == 2, "logs": len(names) == 1, "snapshot": len(names) == 1}
+    expected |= dict.fromkeys(("rm", "pause", "resume", "drop", "image"), len(names) >= 1)
     if not expected.get(action, not names):
         raise UserError(f"write {_USAGE[action]}")
     token = None
@@ -43,6 +51,8 @@ def run(settings: SandboxConfig, *words: str) -> int:
             _serve(settings, token)
         elif action == "doctor":
             admin.doctor(settings.image, _cluster(settings))
+        elif action == "image":
+            return _image(settings, names)
         else:
             return asyncio.run(_ask(settings, token, action, names)) or 0
     except SandboxError as error:
@@ -70,9 +80,25 @@ def _serve(settings: SandboxConfig, token: str | None) -> None:
         state_dir=settings.state_dir,
         pool=settings.pool,
         pool_idle_s=settings.pool_idle_s,
+        disk_mb=settings.disk_mb,
         cluster=_cluster(settings),
         announce=lambda sentence: print(sentence, flush=True),
     )
+
+
+def _image(settings: SandboxConfig, words: list[str]) -> int:
+    # Imported here, for a host without the Docker SDK can run the local backend.
+    from sandbox.images import command
+
+    asked = command.Recipe(
+        task=settings.task,
+        requirements=settings.requirements,
+        base=settings.base,
+        source=settings.source,
+        without=tuple(settings.without),
+        force=settings.force,
+    )
+    return command.run(words, asked)
 
 
 async def _ask(
@@ -85,5 +111,10 @@ async def _ask(
             "exec": lambda: admin.execute(client, *names, timeout_s=settings.timeout_s),
             "logs": lambda: admin.logs(client, *names),
             "rm": lambda: admin.remove(client, names),
+            "pause": lambda: admin.pause(client, names),
+            "resume": lambda: admin.resume(client, names),
+            "snapshot": lambda: admin.snapshot(client, *names),
+            "snapshots": lambda: admin.snapshots(client),
+            "drop": lambda: admin.drop(client, names),
         }
         return await answers[action]()

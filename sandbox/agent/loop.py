@@ -8,6 +8,7 @@ import os
 import selectors
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 
@@ -19,9 +20,10 @@ _READ_AT_ONCE = 1 << 18
 class Timer:
     """A call to come; `cancel` prevents it."""
 
-    def __init__(self, callback: Callback) -> None:
-        """Wraps the call."""
+    def __init__(self, callback: Callback, frozen: float | None) -> None:
+        """Wraps the call, and the seconds for which the agent had been frozen before."""
         self.callback: Callback | None = callback
+        self.frozen = frozen
 
     def cancel(self) -> None:
         """Prevents the call, if it has not happened."""
@@ -36,6 +38,15 @@ class Loop:
         self._selector = selectors.DefaultSelector()
         self._timers: list[tuple[float, int, Timer]] = []
         self._order = itertools.count()
+        self._frozen_fd: int | None = None
+
+    def heed(self, path: str) -> None:
+        """From now on what is spent frozen, as a file of the service tells it, is no time."""
+        with suppress(FileNotFoundError):
+            self._frozen_fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def _frozen(self) -> float:
+        return 0.0 if self._frozen_fd is None else float(os.pread(self._frozen_fd, 64, 0))
 
     def watch(self, fd: int, callback: Callback, events: int = READ) -> None:
         """Calls back whenever a descriptor is ready; replaces an earlier watch of it."""
@@ -49,9 +60,9 @@ class Loop:
         if fd in self._selector.get_map():
             self._selector.unregister(fd)
 
-    def later(self, seconds: float, callback: Callback) -> Timer:
-        """Calls back once."""
-        timer = Timer(callback)
+    def later(self, seconds: float, callback: Callback, *, even_frozen: bool = False) -> Timer:
+        """Calls back once; the time runs on while the agent is frozen only if `even_frozen`."""
+        timer = Timer(callback, None if even_frozen else self._frozen())
         heapq.heappush(self._timers, (time.monotonic() + seconds, next(self._order), timer))
         return timer
 
@@ -63,9 +74,16 @@ class Loop:
                 if self._selector.get_map().get(key.fd) is key:
                     key.data()
             while self._timers and self._timers[0][0] <= time.monotonic():
-                callback = heapq.heappop(self._timers)[2].callback
-                if callback is not None:
-                    callback()
+                self._fire(*heapq.heappop(self._timers))
+
+    def _fire(self, due: float, order: int, timer: Timer) -> None:
+        if timer.callback is None:
+            return
+        if timer.frozen is not None and (frozen := self._frozen()) > timer.frozen:
+            due, timer.frozen = due + frozen - timer.frozen, frozen
+            heapq.heappush(self._timers, (due, order, timer))
+            return
+        timer.callback()
 
     def _pause(self) -> float | None:
         while self._timers and self._timers[0][2].callback is None:

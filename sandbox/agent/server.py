@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 import signal
 import time
@@ -12,11 +13,12 @@ from contextlib import suppress
 from sandbox.agent import processes
 from sandbox.agent.connection import Connection
 from sandbox.agent.jobs import Capture, Job, Outcome, Pool
+from sandbox.agent.look import look
 from sandbox.agent.loop import Loop
 from sandbox.agent.results import Results
 from sandbox.agent.sessions import Session
 from sandbox.agent.transfer import Transfer
-from sandbox.protocol import Header, encode
+from sandbox.protocol import FROZEN_FILE, Header, encode
 
 # As in `typing`, whose import a sandbox would wait for.
 TYPE_CHECKING = False
@@ -25,6 +27,9 @@ if TYPE_CHECKING:
 
 _MAX_SESSIONS = 64
 _MAX_TRANSFERS = 16
+
+# Between two looks at whether all that was to end has ended.
+_HALT_S = 0.005
 
 
 class Refusal(Exception):
@@ -60,6 +65,8 @@ class Server:
             "transfer": self._transfer,
             "move": self._continue,
             "directory": self._check_directory,
+            "look": self._look,
+            "halt": self._halt,
         }
         self._transfers: dict[str, Transfer] = {}
 
@@ -68,7 +75,9 @@ class Server:
         processes.harden()
         processes.become_subreaper()
         self._watch_children()
-        self._expiry = self._loop.later(self._lifetime_s, self._finish)
+        if self._directory:
+            self._loop.heed(f"{self._directory}/{FROZEN_FILE}")
+        self._expiry = self._loop.later(self._lifetime_s, self._finish, even_frozen=True)
         self._connection = Connection(
             self._loop,
             self._directory,
@@ -202,12 +211,22 @@ class Server:
     def _live(self, operation: str, header: Header, _payload: bytes) -> None:
         """A sandbox that waited has a caller: its lifetime begins."""
         self._expiry.cancel()
-        self._expiry = self._loop.later(header["lifetime"], self._finish)
+        self._expiry = self._loop.later(header["lifetime"], self._finish, even_frozen=True)
         if self._durable:
             self._connection.outlive(header["lifetime"])
         self._answer(operation, {})
 
-    def _open(self, operation: str, header: Header, _payload: bytes) -> None:
+    def _look(self, operation: str, header: Header, _payload: bytes) -> None:
+        """Answers with what runs, for a snapshot."""
+        known = {**os.environ, **header["env"]}
+
+        def on_look(shells: list[Header], processes: int) -> None:
+            text = json.dumps(shells).encode()
+            self._answer(operation, {"processes": processes}, text)
+
+        look(self._pool, self._sessions, known, limit=header["limit"], on_look=on_look)
+
+    def _open(self, operation: str, header: Header, payload: bytes) -> None:
         name = header["session"]
         if name in self._sessions:
             raise Refusal("refused", f"there is a session {name!r} already; choose another name.")
@@ -222,10 +241,16 @@ class Server:
                 message = f"session {name!r}: its shell did not start (status {status})."
                 self._answer(operation, {"error": "refused", "message": message})
 
+        env = {**os.environ, **header["env"]}
+        if payload:
+            # Of a session in a snapshot; its texts need not be UTF-8, as a header's must.
+            env.update(json.loads(payload)["env"])
+            for variable in json.loads(payload)["unset"]:
+                env.pop(variable, None)
         try:
             session = Session(
                 self._pool,
-                {**os.environ, **header["env"]},
+                env,
                 header["cwd"],
                 header["prelude"],
                 keep=header["keep"],
@@ -311,6 +336,24 @@ class Server:
         except SandboxError as error:
             raise Refusal(error.kind, str(error)) from None
         self._answer(operation, {})
+
+    def _halt(self, operation: str, _header: Header, _payload: bytes) -> None:
+        """Ends every session and whatever else runs."""
+        for session in self._sessions.values():
+            if not session.over:
+                session.close()
+        for stop in list(self._running.values()):
+            stop()
+        self._running[operation] = lambda: None
+
+        def wait() -> None:
+            alone = self._running.keys() <= {operation}
+            if alone and all(session.over for session in self._sessions.values()):
+                self._answer(operation, {})
+            else:
+                self._loop.later(_HALT_S, wait)
+
+        wait()
 
 
 def _input(data: bytes) -> int:

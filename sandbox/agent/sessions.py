@@ -29,6 +29,14 @@ command . /dev/fd/7 7<<'{2}' 8<&- 9>&-
 echo $? >&9; trap '' {3}
 """
 
+# The environment that the shell gives to what it starts, by the way that its statuses go; as a
+# group, so that nothing is traced to standard error, and never failing, which may end a shell.
+_TELL = "{ \\command -p env -0 8<&- || :; \\printf '\\0\\n'; } >&9 2>/dev/null\n"
+_TOLD = b"\0\0\n"
+
+# Bytes kept of one, its end included.
+_MAX_ENVIRONMENT = 1 << 17
+
 # What a shell has to come back after its command was killed, before it is killed too.
 _GRACE_S = 0.5
 _SWEEP_S = 0.005
@@ -62,6 +70,10 @@ class Session:
         self._unwritten = b""
         self._status_line = b""
         self._on_status: Callable[[int | None], None] | None = None
+        # While the shell is asked for its environment: who hears it, and what has come of it.
+        self._on_told: Callable[[bytes], None] | None = None
+        self._told = b""
+        self.env = env
         self._deadline: Timer | None = None
         self._next_sweep: Timer | None = None
         self.timed_out = False
@@ -87,6 +99,29 @@ class Session:
         """Whether a command runs."""
         return self._on_status is not None
 
+    @property
+    def shell(self) -> int | None:
+        """The process of the shell."""
+        above = self.job.supervisor.pid
+        children = [(p.started, pid) for pid, p in processes.table().items() if p.parent == above]
+        # The shell is its supervisor's first child; orphans come later.
+        return min(children)[1] if children else None
+
+    def tell(self, on_told: Callable[[bytes], None]) -> None:
+        """Asks the shell for its environment; it may never answer.
+
+        Args:
+            on_told: Hears `NAME=value` texts, each ended by a NUL; nothing if it is too large.
+        """
+        self._on_told, self._told = on_told, b"\0"
+        self._unwritten += _TELL.encode()
+        self._write()
+
+    @property
+    def is_asked(self) -> bool:
+        """Whether the shell still owes the answer to `tell`."""
+        return self._on_told is not None
+
     def run(
         self, command: str, timeout_s: float | None, on_status: Callable[[int | None], None]
     ) -> None:
@@ -98,7 +133,7 @@ class Session:
             self._deadline = self._loop.later(timeout_s, self._time_out)
         text = _SCRIPT.format(self._prelude, command, os.urandom(8).hex(), _RETURN)
         self._prelude = ""
-        self._unwritten = text.encode("utf-8", "surrogateescape")
+        self._unwritten += text.encode("utf-8", "surrogateescape")
         self._write()
 
     def _write(self) -> None:
@@ -119,12 +154,26 @@ class Session:
         if data == b"":
             self._loop.unwatch(self._control)
         # A command cannot write here, but another process of its user may, through /proc.
+        if self._on_told is not None:
+            data = self._take_told(data or b"")
         self._status_line = (self._status_line + (data or b""))[-32:]
         if self._status_line.endswith(b"\n"):
             line = self._status_line.split()[-1:]
             self._status_line = b""
             if self.busy:
                 self._tell(int(line[0]) if line and line[0].isdigit() else None)
+
+    def _take_told(self, data: bytes) -> bytes:
+        """Takes what belongs to the answer to `tell`; returns what follows it."""
+        assert self._on_told is not None
+        self._told = (self._told + data)[-_MAX_ENVIRONMENT:]
+        told, end, rest = self._told.partition(_TOLD)
+        if not end:
+            return b""
+        on_told, self._on_told = self._on_told, None
+        # One that was cut begins with anything but the NUL that was put there.
+        on_told(told[1:] + b"\0" if told[:1] == b"\0" else b"")
+        return rest
 
     def _tell(self, status: int | None) -> None:
         for timer in (self._deadline, self._next_sweep):
@@ -149,12 +198,8 @@ class Session:
         self._sweep()
 
     def _sweep(self) -> None:
-        table = processes.table()
-        above = self.job.supervisor.pid
-        children = [(p.started, pid) for pid, p in table.items() if p.parent == above]
-        if children:
-            # The shell is its supervisor's first child; orphans come later.
-            shell = min(children)[1]
+        shell = self.shell
+        if shell is not None:
             with suppress(ProcessLookupError):
                 os.kill(shell, _RETURN)
             processes.kill(lambda: self._branches(shell))
@@ -183,6 +228,8 @@ class Session:
                 os.close(fd)
         if self.busy:
             self._tell(outcome.status)
+        if self._on_told is not None:
+            self._on_told(b"")
         self.on_over()
 
 

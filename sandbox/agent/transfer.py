@@ -96,7 +96,7 @@ class Transfer:
                 self._outbox.popleft()
         with suppress(BlockingIOError):
             while self._end is None and len(self._inbox) < CHUNK:
-                self._take(sock.recv(_MESSAGE + 1))
+                self._take(_receive(sock))
         pulled = len(self._inbox) >= CHUNK
         pushed = self._pushing and not self._outbox and not self._last
         if self._end is not None or pulled or pushed:
@@ -128,6 +128,14 @@ class Transfer:
             answer({"more": not over, **(self._end or {})}, data)
         if over:
             self._on_over()
+
+
+def _receive(sock: socket.socket) -> bytes:
+    try:
+        return sock.recv(_MESSAGE + 1)
+    except ConnectionResetError:
+        # It ended before it had read all that it was sent; what it said last is there.
+        return sock.recv(_MESSAGE + 1)
 
 
 def _work(sock: socket.socket, header: Header) -> None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import compileall
+import json
+import logging
 import math
 import os
 import shutil
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,19 +24,46 @@ from sandbox.api import (
     SessionResult,
 )
 from sandbox.dialled import DialledLink
-from sandbox.errors import SandboxError, SandboxGone, SandboxLost
+from sandbox.errors import (
+    SandboxError,
+    SandboxGone,
+    SandboxLost,
+    SandboxRefused,
+    SandboxUnavailable,
+)
 from sandbox.files import Files, HostFiles
 from sandbox.link import GRACE_S, Answer, Link, OnOutput
+from sandbox.look import MAX_BYTES as MAX_LOOK
+from sandbox.look import Look, Shell, inside, read_look
 from sandbox.output import text_of
 from sandbox.spec import MB, Isolation, Limits, SandboxSpec
 from sandbox.store import Store
-from sandbox.workspace import split_path
+from sandbox.tree import HostTree, Tree
+from sandbox.workspace import remove_tree, split_path
+
+log = logging.getLogger("sandbox")
 
 # Where the agent's code and the service's socket are inside.
 AGENT_DIR, LINE_DIR = "/run/klong/agent", "/run/klong/line"
 
 # The agent ends a sandbox that its service should have ended this long ago.
 _LATE_S = 2.0
+
+# Files, directories and links of a snapshot of a sandbox without `limits.inodes`.
+_MAX_ENTRIES = 250_000
+
+
+@dataclass(frozen=True)
+class Freezer:
+    """Stops all processes of a sandbox, its agent's too, and lets them run again.
+
+    Attributes:
+        freeze: Returns once all stand still; those that do already are no error.
+        thaw: The reverse; those that run, or are gone, are no error.
+    """
+
+    freeze: Callable[[], Awaitable[None]]
+    thaw: Callable[[], Awaitable[None]]
 
 
 class Box:
@@ -48,8 +78,11 @@ class Box:
         close: Callable[[], Awaitable[None]],
         root: str = "/workspace",
         prelude: str = "",
+        freezer: Freezer | None = None,
+        tree: Tree | None = None,
+        places: Mapping[str, str] | None = None,
     ) -> None:
-        """Wraps a sandbox whose agent has dialled.
+        """Wraps a sandbox whose agent has dialled, or will when it is resumed.
 
         Args:
             info: What its callers see.
@@ -58,9 +91,19 @@ class Box:
             close: Kills what runs and removes everything.
             root: The workspace's path inside.
             prelude: Shell text before every command, such as resource limits.
+            freezer: None if it cannot be paused.
+            tree: The files of a snapshot; None if there can be none.
+            places: Paths inside that differ from an isolated sandbox's, by those.
         """
         self.info, self.workspace, self.link = info, workspace, link
+        self.freezer, self.tree = freezer, tree
         self._close, self._root, self._prelude = close, root, prelude
+        self._threads = thread_variables(info.spec.limits)
+        self._places = places or {}
+        # Who wants it to stand still: its owner, a snapshot.
+        self._holds = 1 if info.paused_at is not None else 0
+        self._freezing = asyncio.Lock()
+        self.is_closed = False
 
     async def exec(self, request: ExecRequest, on_output: OnOutput | None = None) -> ExecResult:
         """Runs one command; everything it started is dead when this returns or is cancelled."""
@@ -70,7 +113,7 @@ class Box:
         header = {
             "op": "exec",
             "argv": argv,
-            "env": {**self.info.spec.env, **request.env},
+            "env": {**self._threads, **self.info.spec.env, **request.env},
             "cwd": await self._cwd(request.cwd),
             "timeout": request.timeout_s,
             "keep": request.output_bytes or self.info.spec.limits.output_bytes,
@@ -84,7 +127,7 @@ class Box:
         header = {
             "op": "open",
             "session": name,
-            "env": {**self.info.spec.env, **request.env},
+            "env": {**self._threads, **self.info.spec.env, **request.env},
             "cwd": await self._cwd(request.cwd),
             "prelude": self._prelude,
             "keep": self.info.spec.limits.output_bytes,
@@ -104,6 +147,70 @@ class Box:
         """Ends a session with everything in it; one that is not there is no error."""
         await self.link.call({"op": "close", "session": name}, timeout_s=GRACE_S)
 
+    async def look(self) -> Look:
+        """What runs now; sessions whose shells are busy do not tell all."""
+        header = {"op": "look", "env": dict(self.info.spec.env), "limit": MAX_LOOK // 2}
+        return read_look(*await self.link.call(header, timeout_s=GRACE_S), self._places)
+
+    async def replay(self, shell: Shell) -> None:
+        """Starts a session of a snapshot; one whose directory is not there, in the workspace."""
+        header = {
+            "op": "open",
+            "session": shell.name,
+            "env": dict(self.info.spec.env),
+            "prelude": self._prelude,
+            "keep": self.info.spec.limits.output_bytes,
+        }
+        rest = json.dumps({"env": dict(shell.env), "unset": list(shell.unset)}).encode()
+        try:
+            cwd = os.fsencode(inside(shell.cwd, self._places)).decode()
+            await self.link.call({**header, "cwd": cwd}, rest, timeout_s=GRACE_S)
+        except (SandboxRefused, UnicodeError):
+            await self.link.call({**header, "cwd": self._root}, rest, timeout_s=GRACE_S)
+
+    async def freeze(self) -> None:
+        """Stops all processes until each `freeze` has had its `thaw`.
+
+        Raises:
+            SandboxRefused: this backend cannot.
+            SandboxGone: it is being closed.
+        """
+        if self.freezer is None:
+            raise SandboxRefused(
+                "pause: this service cannot stop a sandbox; it takes control groups, which a "
+                "service that is not root may lack (see `limits` of /health)."
+            )
+        async with self._freezing:
+            if self.is_closed:
+                raise SandboxGone(f"sandbox {self.info.id} was closed meanwhile.")
+            if self._holds == 0:
+                self.link.hold()
+                try:
+                    await self.freezer.freeze()
+                except BaseException:
+                    self.link.release()
+                    await asyncio.shield(self.freezer.thaw())
+                    raise
+            self._holds += 1
+
+    async def thaw(self) -> None:
+        """Undoes one `freeze`; waits for the agent if it has not dialled since."""
+        async with self._freezing:
+            self._holds -= 1
+            if self._holds > 0 or self.is_closed or self.freezer is None:
+                return
+            self.link.release()
+            await self.freezer.thaw()
+        try:
+            async with asyncio.timeout(GRACE_S):
+                await self.link.dialled()
+        except TimeoutError:
+            self.link.fail(SandboxLost("the agent inside the sandbox does not come back."))
+
+    async def halt(self) -> None:
+        """Kills whatever runs, sessions too; the sandbox goes on."""
+        await self.link.call({"op": "halt"}, timeout_s=GRACE_S)
+
     async def assign(self, info: SandboxInfo) -> None:
         """Gives a sandbox that was made for nobody to a caller, and it its lifetime."""
         lifetime_s = info.spec.lifetime_s + _LATE_S
@@ -117,7 +224,9 @@ class Box:
         """
         self.link.end()
         self.link.fail(SandboxGone(f"sandbox {self.info.id} was closed meanwhile."))
-        await self._close()
+        self.is_closed = True
+        async with self._freezing:
+            await self._close()
 
     async def _cwd(self, path: str) -> str:
         await self.workspace.check_directory(path)
@@ -155,6 +264,10 @@ class Backend(Protocol):
     @property
     def store(self) -> Store:
         """What it remembers between services; open from `start` to `close`."""
+
+    @property
+    def reaped(self) -> int:
+        """How many sandboxes of dead services `start` has ended."""
 
     async def start(self) -> list[Box]:
         """Checks that it can work here, and reaps or adopts what dead services left.
@@ -232,7 +345,18 @@ def agent_arguments(
 
 def open_link(directory: Path, spec: SandboxSpec, owner: int | None) -> DialledLink:
     """The line to the agent of the sandbox with this directory."""
-    return DialledLink(directory / "line", owner=owner, max_payload=2 * spec.limits.output_bytes)
+    max_payload = max(2 * spec.limits.output_bytes, MAX_LOOK)
+    return DialledLink(directory / "line", owner=owner, max_payload=max_payload)
+
+
+def open_tree(directory: Path, limits: Limits, owner: int | None) -> HostTree:
+    """What a snapshot keeps of the sandbox with this directory."""
+    return HostTree(
+        {name: directory / "data" / name for name in ("home", "workspace")},
+        owner=owner,
+        max_bytes=max(limits.files_mb, limits.disk_mb or 0) * MB,
+        max_entries=limits.inodes or _MAX_ENTRIES,
+    )
 
 
 def open_workspace(directory: Path, spec: SandboxSpec, owner: int | None) -> HostFiles:
@@ -245,11 +369,33 @@ def shm_bytes(limits: Limits) -> int:
     return limits.memory_mb * MB // 2
 
 
+def thread_variables(limits: Limits) -> dict[str, str]:
+    """Tells libraries how many threads suit a sandbox.
+
+    They count the host's cores, not those that they may use: on a host of many, one import of
+    numpy and scipy would fill `limits.pids` with idle threads.
+    """
+    threads = str(math.ceil(limits.cpus))
+    return {"OMP_NUM_THREADS": threads, "NUMBA_NUM_THREADS": threads}
+
+
+async def clear(directory: Path, store: Store) -> None:
+    """Removes the directory of a sandbox that has ended, and what the store knows of it."""
+    try:
+        store.forget(directory.name)
+    except SandboxUnavailable as error:
+        # The disk is full, perhaps with this.
+        log.warning("sandbox %s is not forgotten yet: %s", directory.name, error)
+    await asyncio.to_thread(remove_tree, directory)
+
+
 async def await_agent(
     link: DialledLink,
     pid: int,
     is_agent: Callable[[int], bool],
+    freezer: Freezer | None,
     *,
+    paused: bool,
     patience_s: float,
     said: Callable[[], str],
 ) -> None:
@@ -259,6 +405,9 @@ async def await_agent(
         link: The line.
         pid: Process on this host that lives as long as the sandbox.
         is_agent: Whether a process is the agent, by its id on this host.
+        freezer: Of the sandbox.
+        paused: Whether it was paused by a service that was killed; its agent will dial when it
+            is resumed.
         patience_s: Seconds to wait.
         said: What the sandbox printed last on its own account, as a sentence or nothing.
 
@@ -266,9 +415,18 @@ async def await_agent(
         SandboxError: it does not come up.
     """
     _on_exit(pid, lambda: link.fail(SandboxLost(f"the sandbox has ended by itself.{said()}")))
+    await link.listen(is_agent)
+    if link.is_held and freezer is not None:
+        if paused:
+            # Unless it was killed just before it did so.
+            await freezer.freeze()
+            return
+        # For a snapshot that came to no end.
+        link.release()
+        await freezer.thaw()
     try:
         async with asyncio.timeout(patience_s):
-            await link.connected(is_agent)
+            await link.dialled()
     except BaseException as error:
         link.fail(SandboxLost("the sandbox did not start."))
         if isinstance(error, (TimeoutError, SandboxLost)):
@@ -302,13 +460,13 @@ def _command(answer: Answer) -> dict[str, Any]:
         for name in ("out", "err"):
             head, tail, total = (int(size) for size in header[name])
             middle, end = place + head, place + head + tail
-            if not 0 <= head + tail <= min(total, len(data)):
+            if min(head, tail) < 0 or not end <= len(data) or not head + tail <= total < 1 << 63:
                 raise ValueError(name)
             streams.append((bytes(data[place:middle]), bytes(data[middle:end]), total))
             place = end
         timed_out = header.get("timed_out") is True
         code = header["exit"]
-        if not (code is None or (isinstance(code, int) and 0 <= code <= 255)):
+        if not (code is None or (type(code) is int and 0 <= code <= 255)):
             raise ValueError(code)
         duration_s = float(header["duration"])
         if not math.isfinite(duration_s):
@@ -322,5 +480,5 @@ def _command(answer: Answer) -> dict[str, Any]:
             "stdout_bytes": streams[0][2],
             "stderr_bytes": streams[1][2],
         }
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         raise SandboxLost("the agent inside the sandbox sent a result that is none.") from None

@@ -12,11 +12,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
+from sandbox.backends.base import Freezer
+from sandbox.errors import SandboxError, SandboxGone
 from sandbox.spec import MB, Limits
 
 ROOT = Path("/sys/fs/cgroup")
 GROUP = "klong-sandbox"
 PERIOD_US = 100_000
+_FREEZE_S = 10.0
 
 
 class Cgroups:
@@ -30,6 +33,43 @@ class Cgroups:
             if version == 2
             else [ROOT / controller / GROUP for controller in ("memory", "pids", "cpu")]
         )
+        freezing = ROOT / ("" if version == 2 else "freezer") / GROUP
+        # The one group that can be frozen; version 1 need not have it.
+        self._freezing = freezing if os.access(freezing, os.W_OK) else None
+        if version == 1 and self._freezing is not None:
+            self._parents.append(self._freezing)
+
+    def freezer(self, sandbox_id: str) -> Freezer | None:
+        """What stops and resumes a sandbox's group; None where that cannot be done."""
+        if self._freezing is None:
+            return None
+        group, first = self._freezing / sandbox_id, self.version == 1
+        switch = group / ("freezer.state" if first else "cgroup.freeze")
+
+        def is_frozen() -> bool:
+            if first:
+                return switch.read_text().strip() == "FROZEN"
+            return "frozen 1" in (group / "cgroup.events").read_text()
+
+        async def freeze() -> None:
+            try:
+                switch.write_text("FROZEN" if first else "1")
+                # A process that waits for a disk stands still only after that.
+                async with asyncio.timeout(_FREEZE_S):
+                    while not is_frozen():
+                        await asyncio.sleep(0.001)
+            except FileNotFoundError:
+                raise SandboxGone("the sandbox's control group is gone.") from None
+            except TimeoutError:
+                raise SandboxError(
+                    f"the sandbox does not stand still within {_FREEZE_S:g} seconds."
+                ) from None
+
+        async def thaw() -> None:
+            with suppress(FileNotFoundError):
+                switch.write_text("THAWED" if first else "0")
+
+        return Freezer(freeze, thaw)
 
     def create(self, sandbox_id: str, limits: Limits) -> list[Path]:
         """Makes a sandbox's group; a process joins it by writing 0 into each returned file."""
@@ -105,5 +145,8 @@ def detect() -> Cgroups | None:
             # There already, perhaps made by root.
             if not os.access(ROOT / controller / GROUP, os.W_OK):
                 return None
+        if (ROOT / "freezer/cgroup.procs").exists():
+            with suppress(PermissionError):
+                (ROOT / "freezer" / GROUP).mkdir(exist_ok=True)
         return Cgroups(1)
     return None

@@ -30,16 +30,20 @@ from sandbox.backends.base import (
     AGENT_DIR,
     LINE_DIR,
     Box,
+    Freezer,
     agent_arguments,
     await_agent,
+    clear,
     install_agent,
     open_link,
+    open_tree,
     open_workspace,
     shm_bytes,
 )
 from sandbox.backends.bubblewrap import ENV, users
 from sandbox.backends.inheritance import inherit
-from sandbox.errors import SandboxError, SandboxGone, SandboxRefused, SandboxUnavailable
+from sandbox.backends.removals import Removals
+from sandbox.errors import SandboxError, SandboxGone, SandboxRefused, SandboxUnavailable, host_fault
 from sandbox.spec import MB, Isolation
 from sandbox.store import Store
 from sandbox.workspace import remove_tree
@@ -77,6 +81,8 @@ class DockerBackend:
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="docker")
         self._durable = durable
         self._taken_over: list[Path] = []
+        self.reaped = 0
+        self._removals = Removals()
 
     async def start(self) -> list[Box]:
         """Connects to the daemon and reaps or adopts what dead services left."""
@@ -84,7 +90,9 @@ class DockerBackend:
             self.client = await self._call(DockerClient.from_env, max_pool_size=_THREADS)
             version = await self._call(self.client.version)
         except DockerException as error:
-            raise SandboxUnavailable(f"no Docker daemon answers: {error}.") from None
+            raise SandboxUnavailable(
+                f"no Docker daemon answers: {error}; start dockerd, or serve --backend local."
+            ) from None
         self._version: str = version["Version"]
         self.own = owner.claim(self._state_dir, durable=self._durable)
         self.store = Store(self._state_dir / "store.db")
@@ -95,7 +103,7 @@ class DockerBackend:
             adopt=lambda directory, record: self._attach(record, directory, _ADOPT_S),
             reap=self._discard,
         )
-        self._taken_over = inherited.directories
+        self._taken_over, self.reaped = inherited.directories, inherited.reaped
         await self._call(self._reap_containers)
         self.agent = self.own / "agent"
         await asyncio.to_thread(install_agent, self.agent)
@@ -122,6 +130,7 @@ class DockerBackend:
 
     async def close(self) -> None:
         """Removes the service's directories and closes the connections."""
+        await self._removals.close()
         for own in (self.own, *self._taken_over):
             await asyncio.to_thread(remove_tree, own)
         self.store.close()
@@ -140,7 +149,7 @@ class DockerBackend:
         except ImageNotFound:
             raise SandboxRefused(
                 "image: the Docker daemon does not have it; pull it, or build the default one "
-                "with launch/sandbox_image.sh."
+                "with klong sandbox image build."
             ) from None
         except NotFound:
             raise SandboxGone("the container of the sandbox is gone.") from None
@@ -148,8 +157,12 @@ class DockerBackend:
             if error.status_code == 409:
                 raise SandboxGone("the container of the sandbox has stopped.") from None
             raise SandboxError(f"Docker answers: {error.explanation}.") from error
+        except RuntimeError as error:
+            raise host_fault(error) from error  # No thread can be started.
         except requests.ConnectionError as error:
-            raise SandboxUnavailable("the Docker daemon does not answer any more.") from error
+            raise SandboxUnavailable(
+                "the Docker daemon does not answer any more; start dockerd again."
+            ) from error
 
     def _make_container(self, info: SandboxInfo, directory: Path, uid: int) -> None:
         limits = info.spec.limits
@@ -223,24 +236,52 @@ class DockerBackend:
             raise SandboxRefused(f"{_NO_PYTHON} It said: {said.decode(errors='replace').strip()}")
         spec = record.info.spec
         link = open_link(directory, spec, record.uid)
+        freezer = self._freezer(_name(directory.name))
         await await_agent(
-            link, record.pid, lambda pid: pid == record.pid, patience_s=patience_s, said=str
+            link,
+            record.pid,
+            lambda pid: pid == record.pid,
+            freezer,
+            paused=record.info.paused_at is not None,
+            patience_s=patience_s,
+            said=str,
         )
 
         async def close() -> None:
             await self._discard(directory, record)
 
         workspace = open_workspace(directory, spec, record.uid)
-        return Box(record.info, workspace, link, close=close)
+        tree = open_tree(directory, spec.limits, record.uid)
+        return Box(record.info, workspace, link, close=close, freezer=freezer, tree=tree)
 
-    async def _discard(self, directory: Path, _record: owner.Record | None) -> None:
+    def _freezer(self, container: str) -> Freezer:
+        api = self.client.api
+
+        async def is_paused() -> bool:
+            state = (await self._call(api.inspect_container, container))["State"]
+            return bool(state["Paused"])
+
+        async def freeze() -> None:
+            if not await is_paused():
+                await self._call(api.pause, container)
+
+        async def thaw() -> None:
+            with suppress(SandboxGone):
+                if await is_paused():
+                    await self._call(api.unpause, container)
+
+        return Freezer(freeze, thaw)
+
+    async def _discard(self, directory: Path, record: owner.Record | None) -> None:
+        await self._removals.run(functools.partial(self._remove, directory, record))
+
+    async def _remove(self, directory: Path, _record: owner.Record | None) -> None:
         with suppress(SandboxGone):
             await self._call(
                 self.client.api.remove_container, _name(directory.name), force=True, v=True
             )
         await disk.unmount(directory)
-        self.store.forget(directory.name)
-        await asyncio.to_thread(remove_tree, directory)
+        await clear(directory, self.store)
 
     def _reap_containers(self) -> None:
         """Removes containers of dead services whose directories are gone, too."""

@@ -24,10 +24,12 @@ class Inheritance:
     Attributes:
         boxes: Living sandboxes.
         directories: The directories of dead services that those are in.
+        reaped: How many others were ended, or had ended and were cleared away.
     """
 
     boxes: list[Box] = field(default_factory=list)
     directories: list[Path] = field(default_factory=list)
+    reaped: int = 0
 
 
 async def inherit(
@@ -53,6 +55,18 @@ async def inherit(
         lives: Whether a sandbox still runs; by default, whether its process does.
     """
     found = Inheritance()
+
+    async def end(directory: Path, record: owner.Record | None) -> None:
+        try:
+            await reap(directory, record)
+        except OSError as error:
+            # That one cannot be cleared away must not keep others from being served.
+            log.warning("sandbox %s cannot be removed: %s", directory.name, error)
+            return
+        if record is not None:
+            store.log(record.info.id, "close", why="orphaned")
+        found.reaped += 1
+
     for dead in owner.abandoned(state_dir):
         kept = owner.is_durable(dead)
         try:
@@ -65,7 +79,7 @@ async def inherit(
             unclaimed = store.is_waiting(directory.name)
             if not (kept and record is not None and lives(directory, record)) or unclaimed:
                 log.info("reaping sandbox %s of a dead service", directory.name)
-                await reap(directory, record)
+                await end(directory, record)
                 continue
             living += 1
             if durable:
@@ -74,9 +88,9 @@ async def inherit(
                     log.info("adopted sandbox %s of a dead service", directory.name)
                 except SandboxError as error:
                     log.warning("reaping sandbox %s, lost: %s", directory.name, error)
-                    await reap(directory, record)
+                    await end(directory, record)
         if living and durable:
             found.directories.append(own)
-        elif not living:
+        elif not any(owner.box_directories(own)):
             await asyncio.to_thread(remove_tree, own)
     return found

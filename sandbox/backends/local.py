@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import logging
 import os
 import subprocess
@@ -19,15 +20,19 @@ from sandbox.backends.base import (
     AGENT_DIR,
     LINE_DIR,
     Box,
+    Freezer,
     agent_arguments,
     await_agent,
+    clear,
     install_agent,
     open_link,
+    open_tree,
     open_workspace,
     shm_bytes,
 )
 from sandbox.backends.inheritance import inherit
 from sandbox.backends.processes import Members, kill_all
+from sandbox.backends.removals import Removals
 from sandbox.errors import SandboxRefused, SandboxUnavailable
 from sandbox.spec import MB, Isolation, Limits
 from sandbox.store import Store
@@ -78,6 +83,8 @@ class LocalBackend:
         self._root = os.geteuid() == 0
         self._durable = durable
         self._taken_over: list[Path] = []
+        self.reaped = 0
+        self._removals = Removals()
         self.cgroups: cgroups.Cgroups | None = None
 
     async def start(self) -> list[Box]:
@@ -103,7 +110,7 @@ class LocalBackend:
             adopt=lambda directory, record: self._attach(record, directory, _ADOPT_S),
             reap=self._discard,
         )
-        self._taken_over = inherited.directories
+        self._taken_over, self.reaped = inherited.directories, inherited.reaped
         self.etc, self.agent, self.filter = (self.own / name for name in ("etc", "agent", "filter"))
         if self.isolation == "bubblewrap":
             await asyncio.to_thread(bubblewrap.install, self.etc, self.filter)
@@ -135,6 +142,7 @@ class LocalBackend:
 
     async def close(self) -> None:
         """Removes the service's directories."""
+        await self._removals.close()
         for own in (self.own, *self._taken_over):
             await asyncio.to_thread(remove_tree, own)
         self.store.close()
@@ -157,16 +165,24 @@ class LocalBackend:
         return {"limits": self.limits, "disk": disk.held()}
 
     async def _discard(self, directory: Path, record: owner.Record | None) -> None:
+        await self._removals.run(functools.partial(self._remove, directory, record))
+
+    async def _remove(self, directory: Path, record: owner.Record | None) -> None:
         """Kills every process of a sandbox and removes its directory and its group."""
         session = record.pid if record is not None and record.is_alive else None
         uid = None if record is None else record.uid
         marker = f"{_MARKER}={directory.name}".encode()
+        # What is frozen does not die of being killed.
+        if (freezer := self._freezer(directory)) is not None:
+            await freezer.thaw()
         await kill_all(Members(marker, session=session, uid=uid))
         if self.cgroups:
             await self.cgroups.remove(directory.name)
         await disk.unmount(directory)
-        self.store.forget(directory.name)
-        await asyncio.to_thread(remove_tree, directory)
+        await clear(directory, self.store)
+
+    def _freezer(self, directory: Path) -> Freezer | None:
+        return self.cgroups.freezer(directory.name) if self.cgroups else None
 
     async def _attach(
         self,
@@ -183,8 +199,15 @@ class LocalBackend:
             # Bubblewrap itself stays outside and has one child.
             return record.pid == (_parent(pid) if isolated else pid)
 
+        freezer = self._freezer(directory)
         await await_agent(
-            link, record.pid, is_agent, patience_s=patience_s, said=lambda: _last(directory)
+            link,
+            record.pid,
+            is_agent,
+            freezer,
+            paused=record.info.paused_at is not None,
+            patience_s=patience_s,
+            said=lambda: _last(directory),
         )
 
         async def close() -> None:
@@ -199,6 +222,9 @@ class LocalBackend:
             close=close,
             root="/workspace" if isolated else str(directory / "data/workspace"),
             prelude=self._prelude(spec.limits),
+            freezer=freezer,
+            tree=open_tree(directory, spec.limits, record.uid),
+            places=None if isolated else _places(directory),
         )
 
     def _launch(
@@ -261,6 +287,16 @@ class LocalBackend:
 def bubblewrap_problem() -> str | None:
     """Why sandboxes cannot be isolated by bubblewrap here, or None."""
     return bubblewrap.problem(_drop(owner.FIRST_UID if os.geteuid() == 0 else None))
+
+
+def _places(directory: Path) -> dict[str, str]:
+    """Where a sandbox that is not isolated has what others have in fixed places."""
+    data = directory / "data"
+    return {
+        "/workspace": str(data / "workspace"),
+        bubblewrap.ENV["HOME"]: str(data / "home"),
+        "/tmp": str(data / "tmp"),
+    }
 
 
 def _parent(pid: int) -> int | None:

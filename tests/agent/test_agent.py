@@ -8,6 +8,7 @@ from agent_helpers import READ, WIDE, Script, answers, chat, make_task, rollout
 
 from klong_jax.agent.agent import run_agent
 from klong_jax.agent.prompts import SYSTEM
+from klong_jax.agent.reading import Reading
 from klong_jax.core.clock import VirtualClock, WallClock
 from klong_jax.core.errors import UserError
 from klong_jax.core.task import Budget
@@ -82,6 +83,19 @@ def test_work_and_the_end_wait_for_the_reading(service: str) -> None:
     refusal = "First read the paper with read_paper: section 2 unread."
     assert answers(result)[1:3] == [refusal, refusal]
     assert result.trajectory.failures == {"refused_before_reading": 1, "refused_end": 1}
+    assert result.trajectory.status is Status.DONE
+
+
+def test_the_service_keeps_the_gates_that_the_scaffold_does_not(
+    service: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Reading, "complete", True)
+    model = Script(READ[0], bash("ls"), ("end_task", {}), READ[1], bash("ls"))
+    result = rollout(service, make_task(), model)
+    said = answers(result)
+    assert said[1] == said[2] and said[1].startswith("first take the reading")
+    assert said[3:] == ["2 Two\nb", "data.txt", "ended"]
+    assert result.trajectory.failures == {"refused_end": 1, "tool_error": 1}
     assert result.trajectory.status is Status.DONE
 
 

@@ -171,7 +171,7 @@ def test_trouble_with_the_sandbox_is_no_zero() -> None:
     judgement = judged(url, task_of("true"), {})
     assert judgement.status is Verdict.FAILED
     assert judgement.score is None
-    assert "does not answer" in judgement.reason
+    assert judgement.reason.startswith("sandbox: ") and "does not answer" in judgement.reason
 
 
 @pytest.mark.parametrize("artifact", [b"not a tar", b"not a tar, but it names .judge"])

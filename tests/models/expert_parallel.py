@@ -1,9 +1,8 @@
-"""Compares a mixture over meshes of 8 CPU devices with the same on one; run as a program."""
+"""Compares a mixture over meshes of 8 devices with the same on one; run as a program."""
 
 import json
 import os
 
-os.environ["XLA_FLAGS"] += " --xla_force_host_platform_device_count=8"
 os.environ["JAX_ENABLE_X64"] = "1"
 
 import jax

@@ -1,6 +1,7 @@
 """Routing, its statistics and balance, and experts over a mesh of devices."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from simulated import devices
 
 from klong_jax.core.errors import UserError
 from klong_jax.models.config import DecoderConfig, MoeConfig
@@ -133,7 +135,10 @@ def test_impossible_mixtures_are_named() -> None:
 @pytest.mark.slow
 def test_experts_over_a_mesh_equal_one_device(measured: Callable[[str], None]) -> None:
     program = Path(__file__).with_name("expert_parallel.py")
-    done = subprocess.run([sys.executable, program], capture_output=True, text=True, check=False)
+    env = {**os.environ, "XLA_FLAGS": devices(8)}
+    done = subprocess.run(
+        [sys.executable, program], env=env, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     for row in rows:

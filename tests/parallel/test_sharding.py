@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from simulated import devices
 
 WORKER = Path(__file__).with_name("sharding_worker.py")
 TOLERANCE = 1e-5
@@ -44,8 +45,7 @@ def work(asked: dict[str, Any], processes: int = 1) -> list[list[dict[str, Any]]
     for index in range(processes):
         environment = os.environ | {
             "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} "
-            f"--xla_force_host_platform_device_count={8 // processes}",
+            "XLA_FLAGS": devices(8 // processes),
         }
         if processes > 1:
             environment |= {

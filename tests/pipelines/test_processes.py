@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+import simulated
 
 from klong_jax.core.errors import UserError
 from klong_jax.pipelines.policy import load_policy
@@ -42,7 +43,7 @@ SHARING = ("splitting.context_limit=256", "sft.together=3", "sft.shared_prefix=a
 
 
 def start(command: list[str], devices: int, index: int = 0) -> subprocess.Popen[str]:
-    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
+    flags = simulated.devices(devices)
     environment = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
         [sys.executable, *command],

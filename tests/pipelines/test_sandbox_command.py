@@ -21,6 +21,8 @@ ROOT = Path(__file__).resolve().parents[2]
 def settings(**fields: object) -> SandboxConfig:
     given = {"backend": "local", "isolation": "auto", "host": "127.0.0.1", "port": 9}
     given |= {"token_env": None, "state_dir": None, "pool": 0, "pool_idle_s": 1.0, "url": None}
+    given |= {"task": None, "requirements": None, "base": None, "source": "auto", "without": []}
+    given |= {"force": False, "disk_mb": None}
     return SandboxConfig.model_validate({**given, "timeout_s": 9.0, "image": "i", **fields})
 
 
@@ -48,6 +50,9 @@ def test_a_command_keeps_its_dollars_and_its_status() -> None:
         (["exec", "sb-1"], {}, "write klong sandbox exec ID 'COMMAND'"),
         (["ps", "sb-1"], {}, "write klong sandbox ps"),
         (["rm"], {}, "write klong sandbox rm ID ..."),
+        (["image"], {}, "write klong sandbox image build "),
+        (["image", "grow"], {}, "write image build "),
+        (["image", "build", "slim"], {"without": ["numpy"]}, "only the research image has a list"),
         (["serve"], {"url": "http://x"}, "leave url out"),
         (["ps"], {}, "the sandbox service at http://127.0.0.1:9 does not answer"),
         (["ps"], {"host": "::1"}, r"at http://\[::1\]:9 does not answer"),

@@ -257,9 +257,12 @@ def test_what_nobody_knows_any_more_is_found_by_its_label(
     assert len(cluster.pods()) == len(_maps(cluster)) == 1
     (left,) = state_dir.glob("kubernetes/*/sb-*")
     left.rmdir()
-    with _serving(cluster, state_dir) as _:
+    with _serving(cluster, state_dir) as (again, _):
         assert cluster.pods() == []
         assert len(_maps(cluster)) == 1, "the map of the dead service is gone, that of this one not"
+        again.terminate()
+        assert again.wait(60) == 0
+    assert _maps(cluster) == []
 
 
 def test_a_deleted_pod_is_a_lost_sandbox(cluster: Cluster, url: str) -> None:

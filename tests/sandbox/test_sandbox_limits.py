@@ -85,6 +85,19 @@ def test_an_idle_sandbox_is_removed_and_a_busy_one_is_not(service: Service) -> N
     in_box(service.url, body, SandboxSpec(idle_s=0.4))
 
 
+def test_commands_and_sessions_hear_how_many_threads_suit_them(service: Service) -> None:
+    ask = "echo $OMP_NUM_THREADS $NUMBA_NUM_THREADS"
+
+    async def body(box: Sandbox) -> None:
+        assert (await box.exec(ask)).stdout == "2 9\n"
+        async with await box.session() as session:
+            assert (await session.run(ask)).stdout == "2 9\n"
+
+    # What the caller says goes first.
+    spec = SandboxSpec(limits=Limits(cpus=1.5), env={"NUMBA_NUM_THREADS": "9"})
+    in_box(service.url, body, spec)
+
+
 _MAKE = """
 import asyncio, sys
 from pathlib import Path

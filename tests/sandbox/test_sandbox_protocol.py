@@ -6,16 +6,21 @@ import asyncio
 import os
 import socket
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from sandbox.agent.results import Results
+from sandbox.api import ExecRequest, SandboxInfo
+from sandbox.backends.base import Box
 from sandbox.dialled import DialledLink
 from sandbox.errors import SandboxError, SandboxGone, SandboxLost, SandboxRefused
 from sandbox.protocol import MAX_HEADER, Decoder, ProtocolError, encode
+from sandbox.spec import SandboxSpec
+from sandbox.workspace import Workspace
 
 _HEADERS = st.dictionaries(st.text(), st.none() | st.integers() | st.text() | st.lists(st.text()))
 
@@ -102,6 +107,84 @@ def test_an_agent_that_breaks_the_protocol_loses_the_sandbox(answer: bytes) -> N
         assert len(heard) <= 66_536
         with pytest.raises(SandboxLost):
             await link.call({"op": "exec"}, timeout_s=5)
+
+    with tempfile.TemporaryDirectory() as directory:
+        asyncio.run(main(Path(directory)))
+
+
+_OPERATION = "op-00000001"
+_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.just(10**400) | st.floats() | st.text(),
+    lambda values: st.lists(values, max_size=3) | st.dictionaries(st.text(), values, max_size=3),
+    max_leaves=4,
+)
+_SIZES = st.lists(st.integers(-5, 50) | _JSON, max_size=4)
+# A whole result, and what may stand in place of a part of it.
+_RESULT: dict[str, object] = {
+    "id": _OPERATION,
+    "exit": 0,
+    "out": [1, 0, 1],
+    "err": [0, 0, 0],
+    "duration": 0.5,
+    "timed_out": False,
+}
+_ALMOST = st.builds(
+    lambda name, value: {**_RESULT, name: value}, st.sampled_from(list(_RESULT)), _JSON
+)
+_ANY = st.fixed_dictionaries(
+    {},
+    optional={
+        "id": st.just(_OPERATION) | _JSON,
+        "hello": st.just(1) | _JSON,
+        "stream": st.sampled_from(["stdout", "stderr"]) | _JSON,
+        "error": st.sampled_from(["refused", "lost"]) | _JSON,
+        "message": _JSON,
+        "exit": st.integers(-1, 256) | _JSON,
+        "out": _SIZES | _JSON,
+        "err": _SIZES | _JSON,
+        "duration": st.floats() | _JSON,
+        "timed_out": _JSON,
+    },
+)
+
+
+@example([({**_RESULT, "duration": 10**400}, b"x")], b"")
+@example([({**_RESULT, "out": [1, 0, float("inf")]}, b"x")], b"")
+@example([({**_RESULT, "out": [5, -4, 1]}, b"x")], b"")
+@example([({**_RESULT, "exit": True}, b"x")], b"")
+@example([(_RESULT, b"x")], b"")
+@settings(deadline=None, max_examples=100)
+@given(
+    st.lists(st.tuples(_ANY | _ALMOST, st.binary(max_size=100)), max_size=4), st.binary(max_size=40)
+)
+def test_whatever_an_agent_says_is_a_result_or_an_error(
+    frames: list[tuple[dict[str, object], bytes]], garbage: bytes
+) -> None:
+    async def main(directory: Path) -> None:
+        strange: list[object] = []
+        asyncio.get_running_loop().set_exception_handler(lambda _, told: strange.append(told))
+        link, agent = await _line(directory)
+        info = SandboxInfo("sb-12345678", "local", "none", 0.0, 1.0, SandboxSpec())
+        workspace = Workspace(directory, owner=None, max_bytes=1)
+        box = Box(info, workspace, link, close=lambda: asyncio.sleep(0))
+        request = ExecRequest("true", operation=_OPERATION)
+        asked = asyncio.create_task(box.exec(request, lambda _name, _data: None))
+        await agent.request()
+        with suppress(OSError):
+            await agent.send(b"".join(encode(*frame) for frame in frames) + garbage)
+        agent.socket.close()
+        await asyncio.wait([asked], timeout=0.02)
+        link.fail(SandboxLost("over."))
+        with suppress(SandboxError):
+            result = await asked
+            assert type(result.exit_code) in (int, type(None)) and type(result.duration_s) is float
+            for text, size in (
+                (result.stdout, result.stdout_bytes),
+                (result.stderr, result.stderr_bytes),
+            ):
+                assert 0 <= size < 1 << 63 and (size > 0 or not text)
+        await asyncio.sleep(0)
+        assert strange == []
 
     with tempfile.TemporaryDirectory() as directory:
         asyncio.run(main(Path(directory)))

@@ -264,7 +264,10 @@ class CorporaConfig(Section):
 
 
 class SandboxConfig(Section):
-    """Sandboxes. Words before settings: serve, ps, exec ID COMMAND, logs ID, rm ID ..., doctor."""
+    """Sandboxes. Words before settings: serve, ps, exec ID COMMAND, logs ID, rm ID ..., doctor ...
+
+    More words: image ..., pause ID ..., resume ID ..., snapshot ID, snapshots, drop DIGEST ...
+    """
 
     backend: Literal["local", "docker", "kubernetes"]
     """What sandboxes are made of."""
@@ -282,12 +285,27 @@ class SandboxConfig(Section):
     """Sandboxes kept ready, of the kinds asked for last; 0 makes each when it is asked for."""
     pool_idle_s: float = Field(gt=0)
     """Seconds that one is kept ready."""
+    disk_mb: int | None
+    """Of serve: megabytes that a sandbox which asks for no quota may write; 0 sets none, null is
+    10 GB where this host can hold a quota."""
     url: str | None
-    """Of ps, exec, logs and rm: the service to ask; null is the one at host and port."""
+    """Of all but serve and doctor: the service to ask; null is the one at host and port."""
     timeout_s: float = Field(gt=0)
     """Of exec: seconds until its command is killed."""
     image: str
     """Of doctor: the image that the docker backend takes by default."""
+    task: Path | None
+    """Of image build: a task's directory, whose requirements.txt, debian.txt make a layer."""
+    requirements: Path | None
+    """Of image build: a list for pip to make a layer of."""
+    base: str | None
+    """Of image build: the image to build on; null is the usual one."""
+    source: Literal["auto", "registry", "debootstrap"]
+    """Of image build: where the slim image's Debian comes from; auto asks the registry first."""
+    without: list[str]
+    """Of image build research: packages to leave out."""
+    force: bool
+    """Of image build: build also what is there already."""
     namespace: str = "klong-sandbox"
     """Of the kubernetes backend: where its pods are."""
     runtime_class: str | None = None

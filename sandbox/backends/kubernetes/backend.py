@@ -90,6 +90,7 @@ class KubernetesBackend:
         self._state_dir = (state_dir or owner.default_state_dir()) / "kubernetes"
         self._durable = durable
         self._taken_over: list[Path] = []
+        self.reaped = 0
         core = f"/api/v1/namespaces/{self._options.namespace}"
         self._pods_path, self._maps_path = f"{core}/pods", f"{core}/configmaps"
 
@@ -123,7 +124,7 @@ class KubernetesBackend:
             reap=lambda directory, _: self._discard(directory),
             lives=lambda directory, _: self._runs(directory.name),
         )
-        self._taken_over = inherited.directories
+        self._taken_over, self.reaped = inherited.directories, inherited.reaped
         await self._reap_objects(selector)
         await self._create(self._maps_path, pods_of.agent_map(self._map, self._labels))
         return inherited.boxes
@@ -207,7 +208,7 @@ class KubernetesBackend:
         end_watch = self.pods.listen(name, functools.partial(_fail_at_its_end, link))
         try:
             async with asyncio.timeout_at(deadline):
-                await link.ready()
+                await link.dialled()
         except BaseException as error:
             end_watch()
             link.fail(SandboxLost("the sandbox did not start."))
