@@ -294,8 +294,11 @@ class Kubelet:
         await self.api.ask("PATCH", f"/api/v1/nodes/{NODE}/status", {"status": status})
 
     async def follow(self) -> None:
-        """Takes every pod that there is, from the first."""
+        """Takes every pod that there is, from the first, until the API server goes."""
         listed = await self.api.ask("GET", "/api/v1/pods")
+        there = {manifest["metadata"]["uid"] for manifest in listed["items"]}
+        for uid in self.pods.keys() - there:
+            self.spawn(self.pods.pop(uid).remove())
         for manifest in listed["items"]:
             self.take("ADDED", manifest)
         version = listed["metadata"]["resourceVersion"]
@@ -388,7 +391,11 @@ async def main(server: str, token: str, certificate: str, key: str, root: str) -
     await kubelet.register(runner.addresses[0][1])
     print("registered", flush=True)
     try:
-        await kubelet.follow()
+        while True:
+            # An API server may be started again.
+            with suppress(aiohttp.ClientError, RuntimeError):
+                await kubelet.follow()
+            await asyncio.sleep(0.2)
     finally:
         for pod in kubelet.pods.values():
             await pod.remove()
