@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -333,6 +333,11 @@ def test_a_server_that_says_wait_is_waited_for_and_one_that_restarts_loses_nothi
         api = await Api.connect(str(kubeconfig), at_once=16)
         try:
             path = f"/api/v1/namespaces/{NAMESPACE}/configmaps"
+            async with asyncio.timeout(20):
+                while True:  # Until the server has heard of the role.
+                    with suppress(SandboxUnavailable):
+                        await api.request("GET", path)
+                        break
             answers = await asyncio.gather(*(api.request("GET", path) for _ in range(60)))
             assert len(answers) == 60 and all("items" in answer for answer in answers)
             return api.throttled
@@ -358,11 +363,13 @@ def test_a_server_that_says_wait_is_waited_for_and_one_that_restarts_loses_nothi
     token = cluster.ask("POST", f"{accounts}/anyone/token", asked)["status"]["token"]
     binding = {
         "metadata": {"name": "anyone"},
-        "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": "view"},
+        "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "Role", "name": "anyone"},
         "subjects": [{"kind": "ServiceAccount", "name": "anyone", "namespace": NAMESPACE}],
     }
-    path = f"/apis/rbac.authorization.k8s.io/v1/namespaces/{NAMESPACE}/rolebindings"
-    cluster.ask("POST", path, binding)
+    path = f"/apis/rbac.authorization.k8s.io/v1/namespaces/{NAMESPACE}"
+    rule = {"apiGroups": [""], "resources": ["configmaps"], "verbs": ["list"]}
+    cluster.ask("POST", f"{path}/roles", {**made, "rules": [rule]})
+    cluster.ask("POST", f"{path}/rolebindings", binding)
     kubeconfig = cluster.directory / "anyone.kubeconfig"
     cluster.write_kubeconfig(kubeconfig, token)
     assert asyncio.run(throttled(kubeconfig)) > 0
