@@ -62,7 +62,8 @@ class PodBox(Box):
 
     async def close(self) -> None:
         """Ends the agent first: a pod that is deleted at once may run on for a while."""
-        await self.link.end_and_wait(_END_S)
+        gone = SandboxGone(f"sandbox {self.info.id} was closed meanwhile.")
+        await self.link.end_and_wait(gone, _END_S)
         await super().close()
 
 

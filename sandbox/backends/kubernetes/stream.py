@@ -39,25 +39,26 @@ class StreamLink(Link):
         """
         super().__init__(max_payload=max_payload, redial_s=_REDIAL_S)
         self._api, self._path = api, path
-        self._ending = False
+        # Once it is to end: what waits for a command hears that, however the pod then goes.
+        self._ending: SandboxError | None = None
         # What the bridge, or the runtime in its place, said last.
         self.said = ""
         self._task = asyncio.get_running_loop().create_task(self._keep())
 
     def fail(self, error: SandboxError) -> None:
         """Ends the line, and the stream."""
-        super().fail(error)
+        super().fail(self._ending or error)
         self._task.cancel()
 
-    async def end_and_wait(self, patience_s: float) -> None:
+    async def end_and_wait(self, why: SandboxError, patience_s: float) -> None:
         """Asks the agent to end the sandbox; returns when the stream has gone with it."""
-        self._ending = True
+        self._ending = why
         self.end()
         await asyncio.wait([self._task], timeout=patience_s)
 
     async def _keep(self) -> None:
         pause_s = _FIRST_PAUSE_S
-        while not self._ending:
+        while self._ending is None:
             try:
                 async with self._api.stream(self._path, BRIDGE) as socket:
                     if await self._carry(socket):
@@ -66,7 +67,7 @@ class StreamLink(Link):
                 self.fail(SandboxLost(str(error)))
             except SandboxError as error:
                 self.said = str(error)
-            if not self._ending:
+            if self._ending is None:
                 log.debug("%s: the stream is opened again: %s", self._path, self.said)
                 await asyncio.sleep(pause_s)
                 pause_s = min(2 * pause_s, _LAST_PAUSE_S)
