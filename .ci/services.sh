@@ -1,6 +1,6 @@
 #!/bin/sh
 # Brings up what the tests need beside Python: bubblewrap, a Docker daemon with the sandbox image,
-# and Redis. For Debian, as root, with or without systemd; running it again does no harm.
+# the engine of sandboxes' egress, and Redis. For Debian, as root, with or without systemd; running it again does no harm.
 set -eu
 
 here=$(dirname "$(readlink -f "$0")")
@@ -19,6 +19,10 @@ if [ -n "$missing" ]; then
     DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends $missing \
         >>/tmp/klong-apt.log 2>&1 || { tail -n 20 /tmp/klong-apt.log >&2; exit 1; }
 fi
+
+# Beside the rest: it waits for the network.
+"${PYTHON:-python3}" -I "$here/../sandbox/egress/install.py" >/tmp/klong-egress.log 2>&1 &
+egress=$!
 
 # Quotas of sandboxes are file systems in files.
 [ -e /dev/loop-control ] || modprobe loop 2>/dev/null || mknod /dev/loop-control c 10 237 || true
@@ -67,4 +71,5 @@ else
 fi
 
 "$here/../launch/sandbox_image.sh"
+wait "$egress" || { say "the egress engine:"; tail -n 20 /tmp/klong-egress.log >&2; exit 1; }
 say "ready"

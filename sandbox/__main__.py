@@ -12,6 +12,7 @@ from pathlib import Path
 from sandbox import admin
 from sandbox.backends.kubernetes.options import Options
 from sandbox.client import SandboxClient
+from sandbox.egress.settings import EgressSettings
 from sandbox.errors import SandboxError
 from sandbox.service import serve
 
@@ -28,6 +29,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if options.action == "serve":
             _serve(options, token)
+        elif options.action == "install-egress":
+            admin.install_egress()
         elif options.action == "doctor":
             admin.doctor(options.image, _cluster(options))
         elif options.action == "image":
@@ -69,11 +72,15 @@ def _parser() -> argparse.ArgumentParser:
         "--pool-idle", type=float, default=600.0, metavar="S", help="seconds one is kept ready"
     )
     run.add_argument(
+        "--egress", type=Path, metavar="FILE", help="JSON: how sandboxes reach the network"
+    )
+    run.add_argument(
         "--disk-mb",
         type=int,
         metavar="MB",
         help="disk quota of sandboxes that ask for none (10000 where it can be had); 0: no quota",
     )
+    actions.add_parser("install-egress", help="install what lets sandboxes reach the network")
     host = actions.add_parser(
         "doctor", parents=[cluster], help="what this host can do for sandboxes"
     )
@@ -156,6 +163,7 @@ def _serve(options: argparse.Namespace, token: str | None) -> None:
         state_dir=options.state_dir,
         pool=options.pool,
         pool_idle_s=options.pool_idle,
+        egress=None if options.egress is None else EgressSettings.read(options.egress),
         disk_mb=options.disk_mb,
         cluster=_cluster(options),
         announce=lambda sentence: print(sentence, flush=True),

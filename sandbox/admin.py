@@ -5,12 +5,15 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterable
+from subprocess import CalledProcessError
 from typing import Any
 
 from sandbox.api import Event, SandboxInfo
 from sandbox.backends.kubernetes.options import Options
 from sandbox.client import SandboxClient
 from sandbox.doctor import findings
+from sandbox.egress.install import install
+from sandbox.errors import SandboxError
 from sandbox.table import print_table, span
 
 TIMED_OUT = 124
@@ -69,6 +72,18 @@ async def remove(client: SandboxClient, sandbox_ids: Iterable[str]) -> None:
     for sandbox_id in sandbox_ids:
         await (await client.attach(sandbox_id)).close()
         print(sandbox_id)
+
+
+def install_egress() -> None:
+    """Installs the engine that lets sandboxes reach the network, and prints its interpreter.
+
+    Raises:
+        SandboxError: pip fails.
+    """
+    try:
+        print(install())
+    except (OSError, CalledProcessError) as error:
+        raise SandboxError(f"the egress engine cannot be installed: {error}.") from None
 
 
 async def snapshot(client: SandboxClient, sandbox_id: str) -> None:

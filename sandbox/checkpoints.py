@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 
 from sandbox.api import SnapshotInfo
@@ -22,9 +23,9 @@ _AT_ONCE = 2
 class Checkpoints:
     """Between a backend's sandboxes and the snapshots beside its store."""
 
-    def __init__(self, backend: Backend, metrics: Metrics) -> None:
-        """Wraps a backend that is not started yet."""
-        self._backend, self._metrics = backend, metrics
+    def __init__(self, backend: Backend, metrics: Metrics, *, record: Callable[..., None]) -> None:
+        """Wraps a backend that is not started yet; `record` logs what was done to a sandbox."""
+        self._backend, self._metrics, self._record = backend, metrics, record
         self._turns = asyncio.Semaphore(_AT_ONCE)
 
     async def start(self) -> None:
@@ -75,7 +76,7 @@ class Checkpoints:
         seconds = time.monotonic() - began
         self._metrics.snapshots.labels("take").observe(seconds)
         facts = {"digest": info.digest, "files": info.files, "bytes": info.bytes}
-        self._backend.store.log(sandbox_id, "snapshot", **facts, seconds=round(seconds, 6))
+        self._record(sandbox_id, "snapshot", **facts, seconds=round(seconds, 6))
         return info
 
     async def _take(self, box: Box, look: Look | None, stop: threading.Event) -> SnapshotInfo:
@@ -124,5 +125,6 @@ class Checkpoints:
         async with self._turns:
             shells = await asyncio.to_thread(self.stored.restore, digest, box.tree.fill)
         await asyncio.gather(*(box.replay(shell) for shell in shells))
-        store.log(sandbox_id, "restore", digest=digest, sessions=[shell.name for shell in shells])
         store.finish(sandbox_id)
+        names = [shell.name for shell in shells]
+        self._record(sandbox_id, "restore", digest=digest, sessions=names)

@@ -9,10 +9,10 @@ import io
 import json
 import secrets
 import tarfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from sandbox.api import (
     EndRequest,
@@ -30,6 +30,7 @@ from sandbox.api import (
     to_json,
 )
 from sandbox.errors import (
+    SandboxEgressDown,
     SandboxEnded,
     SandboxError,
     SandboxFileMissing,
@@ -46,16 +47,18 @@ from sandbox.errors import (
     SandboxUnavailable,
     SandboxUnfinished,
 )
-from sandbox.spec import Gates, Limits, SandboxSpec, new_id
+from sandbox.spec import Egress, Gates, Limits, SandboxSpec, new_id
 from sandbox.transport import OnOutput, Transport
 
 __all__ = [
+    "Egress",
     "Event",
     "ExecResult",
     "Gates",
     "Limits",
     "Sandbox",
     "SandboxClient",
+    "SandboxEgressDown",
     "SandboxEnded",
     "SandboxError",
     "SandboxFileMissing",
@@ -82,8 +85,11 @@ __all__ = [
 # Past a command's own deadline: time to kill it and to answer.
 _GRACE_S = 60.0
 
-# Between two tries to reach a service that is expected back.
-_RETRY_S = 0.1
+# Between two tries to reach a service that is expected back, and how long one may take that reaches
+# nobody.
+_RETRY_S, _IN_VAIN_S = 0.1, 11.0
+
+T = TypeVar("T")
 
 # Between two questions whether a paused sandbox was resumed.
 _PAUSED_S = 1.0
@@ -104,9 +110,9 @@ class SandboxClient:
         Args:
             base_url: Where it serves.
             token: Bearer token that it asks for.
-            reconnect_s: Seconds to go on asking for the result of a command when the service
-                does not answer: one that was killed and started again still has it. At 0 a
-                command ends with its connection.
+            reconnect_s: Seconds to go on asking when the service does not answer, for all that
+                may be asked twice: one that was killed and started again still has the results
+                of commands. At 0 a command ends with its connection.
         """
         self._transport = Transport(base_url, token)
         self.base_url = self._transport.base_url
@@ -141,7 +147,7 @@ class SandboxClient:
         path = f"/sandboxes/{new_id()}"
         body = json.dumps(to_json(spec or SandboxSpec())).encode()
         try:
-            answer = await self._request("PUT", path, body)
+            answer = await self._insist(lambda: self._request("PUT", path, body))
         except asyncio.CancelledError:
             # The service may have made it already, and nobody else knows its id.
             with contextlib.suppress(SandboxError):
@@ -151,7 +157,7 @@ class SandboxClient:
 
     async def attach(self, sandbox_id: str) -> Sandbox:
         """A sandbox that was created earlier, perhaps by another process."""
-        answer = await self._request("GET", f"/sandboxes/{sandbox_id}")
+        answer = await self._insist(lambda: self._request("GET", f"/sandboxes/{sandbox_id}"))
         return Sandbox(self, parse(SandboxInfo, answer))
 
     async def list(self) -> list[SandboxInfo]:
@@ -206,37 +212,55 @@ class SandboxClient:
     ) -> bytes:
         """Sends a command; asks again for its result if this client reconnects."""
         send = self._request if on_output is None else partial(self._transport.stream, on_output)
-        if self._reconnect_s <= 0:
+        if self._reconnect_s <= 0 and request.operation is None:
             body = json.dumps(to_json(request)).encode()
             return await send(method, path, body, timeout_s=timeout_s)
-        operation, arrived = new_operation(), tuple(sandbox._arrived)
+        operation = request.operation or new_operation()
+        arrived = tuple(sandbox._arrived)
         request = dataclasses.replace(request, operation=operation, acknowledge=arrived)
         body = json.dumps(to_json(request)).encode()
+        try:
+            answer = await self._insist(
+                lambda: send(method, path, body, timeout_s=timeout_s), goes_on=True
+            )
+        except asyncio.CancelledError:
+            with contextlib.suppress(SandboxError):
+                undo = f"{sandbox._path}/operations/{operation}"
+                await asyncio.shield(self._request("DELETE", undo, timeout_s=_GRACE_S))
+            raise
+        sandbox._arrived = [o for o in sandbox._arrived if o not in arrived]
+        sandbox._arrived.append(operation)
+        return answer
+
+    async def _insist(self, send: Callable[[], Awaitable[T]], *, goes_on: bool = False) -> T:
+        """Sends what may be sent twice, again as long as the service is expected back.
+
+        Args:
+            send: Sends it.
+            goes_on: Whether it is a command, which a sandbox that is paused goes on with later.
+        """
         loop = asyncio.get_running_loop()
-        answered_at, asked_before = loop.time(), False
+        deadline: float | None = None
+        asked_before = False
         while True:
+            began = loop.time()
             try:
-                answer = await send(method, path, body, timeout_s=timeout_s)
+                return await send()
             except SandboxUnavailable:
-                if loop.time() > answered_at + self._reconnect_s:
+                now = loop.time()
+                # A service that was there, busy with a command perhaps, is missed from now on.
+                if deadline is None or now > began + _IN_VAIN_S:
+                    deadline = now + self._reconnect_s
+                if now >= deadline:
                     raise
                 await asyncio.sleep(_RETRY_S)
                 asked_before = True
             except SandboxPaused:
-                if not asked_before:
+                if not (asked_before and goes_on):
                     raise
                 # It began before the pause and goes on after it.
                 await asyncio.sleep(_PAUSED_S)
-                answered_at = loop.time()
-            except asyncio.CancelledError:
-                with contextlib.suppress(SandboxError):
-                    undo = f"{sandbox._path}/operations/{operation}"
-                    await asyncio.shield(self._request("DELETE", undo, timeout_s=_GRACE_S))
-                raise
-            else:
-                sandbox._arrived = [o for o in sandbox._arrived if o not in arrived]
-                sandbox._arrived.append(operation)
-                return answer
+                deadline = None
 
 
 class Sandbox:
@@ -278,6 +302,7 @@ class Sandbox:
         stdin: str = "",
         output_bytes: int | None = None,
         on_output: OnOutput | None = None,
+        operation: str | None = None,
     ) -> ExecResult:
         """Runs `sh -c command` in the workspace; what it leaves running is killed with it.
 
@@ -290,6 +315,9 @@ class Sandbox:
             output_bytes: Bytes kept of each stream; None is the sandbox's limit.
             on_output: Called with "stdout" or "stderr" and text as it is printed, up to half of
                 `output_bytes` of each stream. The result holds it all the same.
+            operation: Id of the caller's own for this command, of 8 to 64 letters, digits and
+                `-`. Who asks again with it, be it another process, gets the result of the one
+                run. None makes one up.
 
         Returns:
             The result, whatever the exit code: a failing command is no error.
@@ -301,6 +329,7 @@ class Sandbox:
             env=env or {},
             stdin=stdin,
             output_bytes=output_bytes,
+            operation=operation,
         )
         answer = await self._client._command(
             "POST",
@@ -335,7 +364,7 @@ class Sandbox:
     async def write(self, path: str, data: bytes | str) -> None:
         """Replaces one file, with the directories above it; text is written as UTF-8."""
         body = data.encode() if isinstance(data, str) else data
-        await self._client._request("PUT", f"{self._path}/files", body, query={"path": path})
+        await self._again("PUT", f"{self._path}/files", body, query={"path": path})
 
     async def read(self, path: str) -> bytes:
         """The bytes of one regular file.
@@ -344,16 +373,16 @@ class Sandbox:
             SandboxFileMissing: there is no such file.
             SandboxRefused: it is no regular file, or lies outside of the workspace.
         """
-        return await self._client._request("GET", f"{self._path}/files", query={"path": path})
+        return await self._again("GET", f"{self._path}/files", query={"path": path})
 
     async def upload_tree(self, tree: bytes | Mapping[str, bytes | str]) -> None:
         """Writes an uncompressed tar, or files by path, over the workspace."""
         body = tree if isinstance(tree, bytes) else tar_of(tree)
-        await self._client._request("PUT", f"{self._path}/archive", body)
+        await self._again("PUT", f"{self._path}/archive", body)
 
     async def download_tree(self) -> bytes:
         """The workspace as a tar: equal trees give equal bytes."""
-        return await self._client._request("GET", f"{self._path}/archive")
+        return await self._again("GET", f"{self._path}/archive")
 
     async def pause(self) -> None:
         """Stops everything in the sandbox, running commands too, until `resume`.
@@ -425,7 +454,18 @@ class Sandbox:
 
     async def close(self) -> None:
         """Removes the sandbox; one already gone is no error."""
-        await self._client._request("DELETE", self._path)
+        await self._again("DELETE", self._path)
+
+    async def _again(
+        self,
+        method: str,
+        path: str,
+        body: bytes | None = None,
+        *,
+        query: Mapping[str, str] | None = None,
+    ) -> bytes:
+        client = self._client
+        return await client._insist(lambda: client._request(method, path, body, query=query))
 
 
 class Session:
@@ -452,7 +492,12 @@ class Session:
         await self.close()
 
     async def run(
-        self, command: str, *, timeout_s: float = 60.0, on_output: OnOutput | None = None
+        self,
+        command: str,
+        *,
+        timeout_s: float = 60.0,
+        on_output: OnOutput | None = None,
+        operation: str | None = None,
     ) -> SessionResult:
         """Runs a command in the shell; its directory, variables and background jobs last.
 
@@ -461,6 +506,7 @@ class Session:
             timeout_s: Seconds until what it started is killed; the result then says `timed_out`,
                 and `ended` if the shell had to be killed with it.
             on_output: As in `Sandbox.exec`.
+            operation: As in `Sandbox.exec`.
 
         Raises:
             SandboxSessionEnded: the shell has ended, or was never started.
@@ -468,7 +514,7 @@ class Session:
         answer = await self._sandbox._client._command(
             "POST",
             self._path,
-            RunRequest(command=command, timeout_s=timeout_s),
+            RunRequest(command=command, timeout_s=timeout_s, operation=operation),
             self._sandbox,
             timeout_s=timeout_s + _GRACE_S,
             on_output=on_output,
@@ -477,7 +523,7 @@ class Session:
 
     async def close(self) -> None:
         """Ends the session; one already over is no error."""
-        await self._sandbox._client._request("DELETE", self._path)
+        await self._sandbox._again("DELETE", self._path)
 
 
 def tar_of(files: Mapping[str, bytes | str]) -> bytes:

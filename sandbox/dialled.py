@@ -35,7 +35,8 @@ class DialledLink(Link):
         """
         super().__init__(max_payload=max_payload, redial_s=_REDIAL_S)
         self._is_agent: Callable[[int], bool] | None = None
-        self._listener = _listen(directory, owner)
+        self.directory, self.owner = directory, owner
+        self._listener = listen(directory, "agent.sock", owner)
         self._server: asyncio.Server | None = None
         self.standstill = Standstill(directory)
 
@@ -112,14 +113,15 @@ class _Wire(asyncio.Protocol):
         self._link.lost(self)
 
 
-def _listen(directory: Path, owner: int | None) -> socket.socket:
+def listen(directory: Path, name: str, owner: int | None) -> socket.socket:
+    """A socket of that name in a directory, that a user may connect to; replaces an earlier one."""
     listener = socket.socket(socket.AF_UNIX)
-    path = directory / "agent.sock"
+    path = directory / name
     path.unlink(missing_ok=True)
     fd = os.open(directory, os.O_PATH | os.O_DIRECTORY)
     try:
         # However long the directory's own path is, this one fits into an address.
-        listener.bind(f"/proc/self/fd/{fd}/agent.sock")
+        listener.bind(f"/proc/self/fd/{fd}/{name}")
     finally:
         os.close(fd)
     if owner is not None:

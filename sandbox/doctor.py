@@ -10,6 +10,7 @@ from pathlib import Path
 from sandbox.backends import bubblewrap, cgroups
 from sandbox.backends.kubernetes.options import Options
 from sandbox.backends.local import bubblewrap_problem
+from sandbox.egress import install
 
 _PATIENCE_S = 10
 
@@ -47,6 +48,7 @@ def findings(image: str, cluster: Options | None = None) -> Iterator[Finding]:
     """
     yield _bubblewrap()
     yield _control_groups()
+    yield _egress()
     yield from _docker(image)
     yield from _kubernetes(cluster or Options())
 
@@ -94,6 +96,13 @@ def _control_groups() -> Finding:
         return Finding("control groups", "", f"{without} Run as root, or where they are writable.")
     said = "The local backend limits memory, processes and CPU of a sandbox as a whole."
     return Finding("control groups", f"version {groups.version}", said)
+
+
+def _egress() -> Finding:
+    if install.is_complete():
+        said = "Sandboxes can reach what their egress policy allows."
+        return Finding("egress engine", str(install.directory()), said)
+    return Finding("egress engine", "", f"Sandboxes have no egress: {install.REMEDY}.")
 
 
 def _docker(image: str) -> Iterator[Finding]:

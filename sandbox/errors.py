@@ -122,6 +122,12 @@ class SandboxUnavailable(SandboxError):
     status = 503
 
 
+class SandboxEgressDown(SandboxUnavailable):
+    """The proxy through which sandboxes reach the network is not there now."""
+
+    kind = "egress_down"
+
+
 _CLASSES: tuple[type[SandboxError], ...] = (
     SandboxError,
     SandboxRefused,
@@ -135,6 +141,7 @@ _CLASSES: tuple[type[SandboxError], ...] = (
     SandboxLost,
     SandboxSessionEnded,
     SandboxUnavailable,
+    SandboxEgressDown,
     SandboxPaused,
     SandboxSnapshotMissing,
     SandboxSnapshotDamaged,

@@ -26,7 +26,10 @@ from sandbox.api import (
 )
 from sandbox.backends.base import Backend, Box
 from sandbox.checkpoints import Checkpoints
+from sandbox.egress.proxy import EgressProxy
+from sandbox.egress.settings import EgressSettings
 from sandbox.errors import (
+    SandboxEgressDown,
     SandboxError,
     SandboxGone,
     SandboxPaused,
@@ -81,7 +84,13 @@ class Manager:
     """Creates, finds and removes sandboxes on one event loop."""
 
     def __init__(
-        self, backend: Backend, *, pool: int = 0, pool_idle_s: float = 600.0, disk_mb: int = 0
+        self,
+        backend: Backend,
+        *,
+        pool: int = 0,
+        pool_idle_s: float = 600.0,
+        disk_mb: int = 0,
+        egress: EgressSettings | None = None,
     ) -> None:
         """Keeps the sandboxes of a backend; `start` starts it.
 
@@ -89,6 +98,7 @@ class Manager:
             backend: Not started yet.
             pool: Sandboxes that are kept ready, of the kinds asked for last.
             pool_idle_s: Seconds that one is kept ready.
+            egress: How sandboxes are let out that ask for it.
             disk_mb: `limits.disk_mb` of sandboxes that ask for none; 0 leaves them without.
         """
         self._disk_mb = disk_mb
@@ -97,7 +107,15 @@ class Manager:
         self.metrics = Metrics(
             living=lambda: len(self._entries), waiting=lambda: len(self.pool.waiting)
         )
-        self.checkpoints = Checkpoints(backend, self.metrics)
+        self.egress = EgressProxy(
+            egress or EgressSettings(),
+            lambda: backend.store.directory / "egress",
+            on_verdicts=lambda verdict, reason, number: self.metrics.verdicts.labels(
+                verdict, reason
+            ).inc(number),
+            on_event=lambda sandbox_id, facts: self._record(sandbox_id, "egress", **facts),
+        )
+        self.checkpoints = Checkpoints(backend, self.metrics, record=self._record)
         self._entries: dict[str, _Entry] = {}
         self._closing: dict[str, asyncio.Task[None]] = {}
         self._creating: set[str] = set()
@@ -113,7 +131,18 @@ class Manager:
         for box in adopted:
             self._keep(box, self.backend.store.left_s(box.info))
             self._record(box.info.id, "adopt")
+            if box.info.spec.egress is not None:
+                try:
+                    await self._let_out(box)
+                except SandboxEgressDown as error:
+                    log.warning("sandbox %s: %s", box.info.id, error)
         await self.checkpoints.start()
+
+    async def stop(self) -> None:
+        """Removes every sandbox, and what the service keeps beside them."""
+        await self.close_all()
+        await self.egress.close()
+        await self.backend.close()
 
     async def create(self, sandbox_id: str, spec: SandboxSpec) -> SandboxInfo:
         """Makes a sandbox that expires after the spec's lifetime.
@@ -145,6 +174,7 @@ class Manager:
         return dataclasses.replace(spec, limits=limits)
 
     async def _create(self, sandbox_id: str, spec: SandboxSpec) -> SandboxInfo:
+        await self.egress.check(spec, self.backend.isolation)
         now, began = time.time(), time.monotonic()
         info = SandboxInfo(
             id=sandbox_id,
@@ -178,8 +208,11 @@ class Manager:
             source = "new" if box is None else "pool"
             if box is None:
                 box = await self.backend.create(info)
+            if info.spec.egress is not None:
+                await self._let_out(box)
             await self.checkpoints.restore(box)
         except (SandboxError, OSError) as error:
+            await self.egress.detach(info.id)
             self._record(info.id, "fail", error=str(error))
             raise
         self.pool.want(info.spec)
@@ -187,6 +220,16 @@ class Manager:
         self._record(info.id, "ready", source=source, seconds=round(seconds, 6))
         self.metrics.creations.labels(source).observe(seconds)
         return box
+
+    async def _let_out(self, box: Box) -> None:
+        """Opens the way out of a sandbox; one that does not get it is removed."""
+        try:
+            await self.egress.attach(box)
+        except BaseException:
+            if box.info.id not in self._entries:
+                await self.egress.detach(box.info.id)
+                await asyncio.shield(box.close())
+            raise
 
     def _record(self, sandbox_id: str, kind: str, **facts: Any) -> None:
         """Logs what has happened already; what may not be logged is not begun, but this is done."""
@@ -278,6 +321,9 @@ class Manager:
         self.backend.store.log(sandbox_id, kind, **facts)
         began = time.monotonic()
         try:
+            if entry.info.spec.egress is not None:
+                # Without its proxy a command fails by no fault of its own.
+                await self.egress.ready()
             with self._use(entry):
                 result = await work()
         except SandboxError as error:
@@ -349,7 +395,7 @@ class Manager:
                     self._note_paused(entry, None)
                     raise
                 entry.look = look
-                self.backend.store.log(entry.info.id, "pause")
+                self._record(entry.info.id, "pause")
             return entry.info
 
     async def resume(self, sandbox_id: str) -> SandboxInfo:
@@ -359,15 +405,17 @@ class Manager:
     async def _resume(self, entry: _Entry) -> SandboxInfo:
         async with entry.turn:
             if entry.info.paused_at is not None:
-                self.backend.store.log(entry.info.id, "resume")
-                await entry.box.thaw()
-                entry.look = None
+                # Before it runs: another service must know that it is meant to.
                 self._note_paused(entry, None)
+                entry.look = None
+                await entry.box.thaw()
+                self._record(entry.info.id, "resume")
             return entry.info
 
     def _note_paused(self, entry: _Entry, at: float | None) -> None:
-        entry.info = entry.box.info = dataclasses.replace(entry.info, paused_at=at)
-        self.backend.store.update(entry.info)
+        info = dataclasses.replace(entry.info, paused_at=at)
+        self.backend.store.update(info)
+        entry.info = entry.box.info = info
         self._rest(entry)
 
     async def snapshot(self, sandbox_id: str) -> SnapshotInfo:
@@ -521,6 +569,7 @@ class Manager:
 
     async def _close(self, entry: _Entry) -> None:
         try:
+            await self.egress.detach(entry.info.id)
             await entry.box.close()
         except (SandboxError, OSError):
             log.exception("sandbox %s could not be removed wholly", entry.info.id)

@@ -62,6 +62,12 @@ class Metrics:
             ["reason"],
             registry=registry,
         )
+        self.verdicts = Counter(
+            "klong_sandbox_egress_verdicts",
+            "Requests of sandboxes to the network, by verdict (allowed, refused) and reason.",
+            ["verdict", "reason"],
+            registry=registry,
+        )
         self.adoptions = Counter(
             "klong_sandbox_adoptions",
             "Sandboxes of a service that died, taken over alive.",

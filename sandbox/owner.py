@@ -27,6 +27,8 @@ PLACES = ("workspace", "tmp", "home")
 
 # Users for sandboxes under root are drawn from here, far above those of people and packages.
 FIRST_UID, LAST_UID = 1 << 30, (1 << 31) - 2
+# The one before them is the egress engine's.
+ENGINE_UID = FIRST_UID - 1
 
 
 def default_state_dir() -> Path:

@@ -28,6 +28,7 @@ from sandbox.api import (
     to_json,
 )
 from sandbox.backends import Backend
+from sandbox.egress.settings import EgressSettings
 from sandbox.errors import (
     SandboxError,
     SandboxRefused,
@@ -55,6 +56,7 @@ def create_app(
     token: str | None = None,
     pool: int = 0,
     pool_idle_s: float = 600.0,
+    egress: EgressSettings | None = None,
     disk_mb: int = 0,
 ) -> web.Application:
     """The application over a backend; it starts the backend and removes every sandbox at its end.
@@ -64,13 +66,16 @@ def create_app(
         token: Bearer token that every request but `/health` must carry; None asks for none.
         pool: Sandboxes that are kept ready, of the kinds asked for last.
         pool_idle_s: Seconds that one is kept ready.
+        egress: How sandboxes are let out that ask for it.
         disk_mb: `limits.disk_mb` of sandboxes that ask for none; 0 leaves them without.
     """
     middlewares: list[Middleware] = [_answer_errors]
     if token is not None:
         middlewares.append(_require(token))
     app = web.Application(middlewares=middlewares, client_max_size=_MAX_JSON)
-    app[_MANAGER] = Manager(backend, pool=pool, pool_idle_s=pool_idle_s, disk_mb=disk_mb)
+    app[_MANAGER] = Manager(
+        backend, pool=pool, pool_idle_s=pool_idle_s, disk_mb=disk_mb, egress=egress
+    )
     app.cleanup_ctx.append(_backend_lifetime)
     # Before aiohttp waits for running requests: a closed sandbox answers its commands.
     app.on_shutdown.append(_close_all)
@@ -117,8 +122,7 @@ async def _backend_lifetime(app: web.Application) -> AsyncIterator[None]:
     await manager.start()
     yield
     # Again, for those whose creation was under way.
-    await manager.close_all()
-    await manager.backend.close()
+    await manager.stop()
 
 
 @web.middleware
@@ -188,6 +192,7 @@ async def _health(request: web.Request) -> web.Response:
             "isolation": backend.isolation,
             "sandboxes": len(manager.list()),
             "waiting": len(manager.pool.waiting),
+            "egress": manager.egress.health(),
             **backend.health(),
         }
     )

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal
 from aiohttp import web
 
 from sandbox.backends import Backend, BackendName, disk, open_backend
+from sandbox.egress.settings import EgressSettings
 from sandbox.errors import SandboxRefused, SandboxUnavailable, host_fault
 from sandbox.routes import create_app
 
@@ -39,6 +40,7 @@ async def running(
     token: str | None = None,
     pool: int = 0,
     pool_idle_s: float = 600.0,
+    egress: EgressSettings | None = None,
     disk_mb: int = 0,
 ) -> AsyncIterator[str]:
     """Serves while the context is open; yields the base URL.
@@ -51,7 +53,14 @@ async def running(
         raise SandboxRefused(f"host {host} can be reached by others: set a token to serve there.")
     # A caller that goes away takes its command with it.
     runner = web.AppRunner(
-        create_app(backend, token=token, pool=pool, pool_idle_s=pool_idle_s, disk_mb=disk_mb),
+        create_app(
+            backend,
+            token=token,
+            pool=pool,
+            pool_idle_s=pool_idle_s,
+            disk_mb=disk_mb,
+            egress=egress,
+        ),
         handler_cancellation=True,
         access_log=None,
         shutdown_timeout=5,
@@ -100,6 +109,7 @@ def serve(
     state_dir: Path | None = None,
     pool: int = 0,
     pool_idle_s: float = 600.0,
+    egress: EgressSettings | None = None,
     disk_mb: int | None = None,
     cluster: Options | None = None,
     announce: Callable[[str], None] = print,
@@ -119,6 +129,7 @@ def serve(
         state_dir: Where workspaces live; None is a directory in the temporary one.
         pool: Sandboxes that are kept ready, of the kinds asked for last.
         pool_idle_s: Seconds that one is kept ready.
+        egress: How sandboxes are let out that ask for it.
         disk_mb: `limits.disk_mb` of sandboxes that ask for none; 0 leaves them without. None:
             10 GB where this host can hold a quota, the namespace's default on Kubernetes.
         cluster: Of the Kubernetes backend; None takes its defaults.
@@ -148,6 +159,7 @@ def serve(
             token=token,
             pool=pool,
             pool_idle_s=pool_idle_s,
+            egress=egress,
             disk_mb=quota_mb,
         ) as url:
             announce(f"sandbox service ({backend}, isolation {chosen.isolation}) at {url}")
@@ -177,6 +189,7 @@ def embedded(
     token: str | None = None,
     state_dir: Path | None = None,
     pool: int = 0,
+    egress: EgressSettings | None = None,
 ) -> Iterator[str]:
     """Serves from a background thread of this process on a free loopback port.
 
@@ -186,6 +199,7 @@ def embedded(
         token: Bearer token to ask for.
         state_dir: Where workspaces live; None is a directory in the temporary one.
         pool: Sandboxes that are kept ready, of the kinds asked for last.
+        egress: How sandboxes are let out that ask for it.
 
     Yields:
         The base URL. Leaving the context removes every sandbox.
@@ -198,7 +212,7 @@ def embedded(
     thread.start()
     if isinstance(backend, str):
         backend = open_backend(backend, isolation=isolation, state_dir=state_dir)
-    context = running(backend, token=token, pool=pool)
+    context = running(backend, token=token, pool=pool, egress=egress)
     try:
         url = asyncio.run_coroutine_threadsafe(context.__aenter__(), loop).result()
         try:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import AfterValidator, ConfigDict, Field
 
+from sandbox.egress.blocks import prefix_of
+from sandbox.egress.packages import name_of
+from sandbox.egress.policy import pattern_of
 from sandbox.errors import SandboxRefused
 
 MB = 1_000_000
@@ -24,6 +27,16 @@ Env = Mapping[_Name, Text]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 _ID = re.compile(r"sb-[a-z0-9]{8,40}")
+
+
+def _checked(read: Callable[[str], object]) -> AfterValidator:
+    """Refuses what cannot be read, and keeps the text."""
+
+    def check(text: str) -> str:
+        read(text)
+        return text
+
+    return AfterValidator(check)
 
 
 def new_id() -> str:
@@ -69,6 +82,26 @@ class Limits:
 
 
 @dataclass(frozen=True)
+class Egress:
+    """What of the network the commands of a sandbox may reach, by one proxy.
+
+    Attributes:
+        allow: Hosts: a name, `*.` and a name for all below it, or `*` for all.
+        block: URLs, `https://HOST/PATH`, that are refused with all below them; of a repository,
+            what other hosts are known to serve of it, too.
+        packages: Package indexes that are offered, for reading.
+        block_packages: Names of packages that are refused, whatever host would give them.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    allow: tuple[Annotated[str, _checked(pattern_of)], ...] = ()
+    block: tuple[Annotated[str, _checked(prefix_of)], ...] = ()
+    packages: tuple[Literal["pypi", "npm"], ...] = ()
+    block_packages: tuple[Annotated[str, _checked(name_of)], ...] = ()
+
+
+@dataclass(frozen=True)
 class SandboxSpec:
     """What a sandbox should be.
 
@@ -80,7 +113,8 @@ class SandboxSpec:
         lifetime_s: Seconds after which the service removes it.
         idle_s: Seconds without a request after which the service removes it; a running command is
             a request, a session or its background job none. None: never.
-        network: Whether its commands may reach the network.
+        network: Whether its commands may reach the network, unjudged.
+        egress: What of the network they may reach by the proxy; None is nothing.
         snapshot: Digest of the snapshot whose files and sessions it begins with.
     """
 
@@ -93,6 +127,7 @@ class SandboxSpec:
     lifetime_s: Annotated[float, Field(gt=0)] = 86_400.0
     idle_s: Annotated[float, Field(gt=0)] | None = None
     network: bool = False
+    egress: Egress | None = None
     snapshot: Digest | None = None
 
 

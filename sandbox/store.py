@@ -70,6 +70,7 @@ class Store:
         """
         self.path = path
         self._kept, self._appended = kept, 0
+        self.directory = path.parent
         self._to_forget: set[str] = set()
         try:
             if str(path) != ":memory:":

@@ -9,6 +9,7 @@ from klong_jax.pipelines.config.commands import SandboxConfig
 from sandbox import admin
 from sandbox.backends.kubernetes.options import Options
 from sandbox.client import SandboxClient, SandboxError
+from sandbox.egress.settings import EgressSettings
 from sandbox.service import serve
 
 _USAGE = {
@@ -18,6 +19,7 @@ _USAGE = {
     "logs": "klong sandbox logs ID",
     "rm": "klong sandbox rm ID ...",
     "doctor": "klong sandbox doctor",
+    "install-egress": "klong sandbox install-egress",
     "image": "klong sandbox image build [slim | research | layer], image list, image prune or "
     "image check NAME",
     "pause": "klong sandbox pause ID ...",
@@ -51,6 +53,8 @@ def run(settings: SandboxConfig, *words: str) -> int:
             _serve(settings, token)
         elif action == "doctor":
             admin.doctor(settings.image, _cluster(settings))
+        elif action == "install-egress":
+            admin.install_egress()
         elif action == "image":
             return _image(settings, names)
         else:
@@ -80,6 +84,7 @@ def _serve(settings: SandboxConfig, token: str | None) -> None:
         state_dir=settings.state_dir,
         pool=settings.pool,
         pool_idle_s=settings.pool_idle_s,
+        egress=None if settings.egress is None else EgressSettings.read(settings.egress),
         disk_mb=settings.disk_mb,
         cluster=_cluster(settings),
         announce=lambda sentence: print(sentence, flush=True),

@@ -123,6 +123,28 @@ class Pool:
         self.alive.add(started.pid)
         return started
 
+    def start_helper(self, serve: Callable[[], None]) -> int:
+        """Forks a process of the agent's own, which no command's end sweeps away.
+
+        Args:
+            serve: Runs in it, and should not return.
+
+        Raises:
+            OSError: there is no room for it.
+        """
+        os.write(self._oom_score, _FIRST_TO_GO)
+        try:
+            pid = os.fork()
+        finally:
+            os.write(self._oom_score, _LAST_TO_GO)
+        if pid == 0:
+            try:
+                serve()
+            finally:
+                os._exit(1)
+        self.alive.add(pid)
+        return pid
+
     def release(self, one: supervisor.Supervisor) -> None:
         """Takes back a supervisor whose job is over."""
         if len(self._idle) >= _MAX_IDLE:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
-from sandbox.agent import processes
+from sandbox.agent import processes, relay
 from sandbox.agent.connection import Connection
 from sandbox.agent.jobs import Capture, Job, Outcome, Pool
 from sandbox.agent.look import look
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 _MAX_SESSIONS = 64
 _MAX_TRANSFERS = 16
+_RELAY_AGAIN_S = 0.2
 
 # Between two looks at whether all that was to end has ended.
 _HALT_S = 0.005
@@ -39,16 +40,20 @@ class Refusal(Exception):
 class Server:
     """The agent of one sandbox."""
 
-    def __init__(self, directory: str, *, lifetime_s: float, orphan_s: float) -> None:
+    def __init__(
+        self, directory: str, *, lifetime_s: float, orphan_s: float, relay_port: int | None
+    ) -> None:
         """Prepares it.
 
         Args:
             directory: Where the service's socket is; none where a bridge will come.
             lifetime_s: Seconds after which it ends.
             orphan_s: Seconds that it outlives the loss of the service.
+            relay_port: Where the relay to the egress proxy listens; None: there is none.
         """
         self._directory, self._lifetime_s, self._orphan_s = directory, lifetime_s, orphan_s
         self._durable = orphan_s >= lifetime_s
+        self._relay_port, self._relay = relay_port, 0
         self._loop = Loop()
         self._pool = Pool(self._loop)
         self._results = Results()
@@ -88,6 +93,7 @@ class Server:
         gc.collect()
         gc.freeze()  # Forks share what is not collected.
         self._pool.prepare()
+        self._tend_relay()
         self._loop.run()
         raise AssertionError("the loop never returns")
 
@@ -102,8 +108,20 @@ class Server:
             with suppress(BlockingIOError):
                 os.read(read_end, 4096)
             self._pool.reap()
+            if self._relay and self._relay not in self._pool.alive:
+                self._relay = 0
+                self._loop.later(_RELAY_AGAIN_S, self._tend_relay)
 
         self._loop.watch(read_end, reap)
+
+    def _tend_relay(self) -> None:
+        """Starts the relay, also when something of the sandbox's has killed it."""
+        port = self._relay_port
+        if port is not None:
+            try:
+                self._relay = self._pool.start_helper(lambda: relay.serve(port))
+            except OSError:
+                self._loop.later(_RELAY_AGAIN_S, self._tend_relay)
 
     def _finish(self) -> NoReturn:
         """Ends the agent, and with it the sandbox."""

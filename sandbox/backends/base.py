@@ -46,6 +46,9 @@ log = logging.getLogger("sandbox")
 # Where the agent's code and the service's socket are inside.
 AGENT_DIR, LINE_DIR = "/run/klong/agent", "/run/klong/line"
 
+# Where commands find the relay to the egress proxy, on the loopback of their sandbox.
+RELAY_PORT = 3128
+
 # The agent ends a sandbox that its service should have ended this long ago.
 _LATE_S = 2.0
 
@@ -98,12 +101,19 @@ class Box:
         self.info, self.workspace, self.link = info, workspace, link
         self.freezer, self.tree = freezer, tree
         self._close, self._root, self._prelude = close, root, prelude
+        # Variables of every command, below those of the spec.
+        self.env: Mapping[str, str] = {}
         self._threads = thread_variables(info.spec.limits)
         self._places = places or {}
         # Who wants it to stand still: its owner, a snapshot.
         self._holds = 1 if info.paused_at is not None else 0
         self._freezing = asyncio.Lock()
         self.is_closed = False
+
+    @property
+    def _env(self) -> dict[str, str]:
+        """Variables of every command and session."""
+        return {**self._threads, **self.env, **self.info.spec.env}
 
     async def exec(self, request: ExecRequest, on_output: OnOutput | None = None) -> ExecResult:
         """Runs one command; everything it started is dead when this returns or is cancelled."""
@@ -113,7 +123,7 @@ class Box:
         header = {
             "op": "exec",
             "argv": argv,
-            "env": {**self._threads, **self.info.spec.env, **request.env},
+            "env": {**self._env, **request.env},
             "cwd": await self._cwd(request.cwd),
             "timeout": request.timeout_s,
             "keep": request.output_bytes or self.info.spec.limits.output_bytes,
@@ -127,7 +137,7 @@ class Box:
         header = {
             "op": "open",
             "session": name,
-            "env": {**self._threads, **self.info.spec.env, **request.env},
+            "env": {**self._env, **request.env},
             "cwd": await self._cwd(request.cwd),
             "prelude": self._prelude,
             "keep": self.info.spec.limits.output_bytes,
@@ -149,7 +159,7 @@ class Box:
 
     async def look(self) -> Look:
         """What runs now; sessions whose shells are busy do not tell all."""
-        header = {"op": "look", "env": dict(self.info.spec.env), "limit": MAX_LOOK // 2}
+        header = {"op": "look", "env": self._env, "limit": MAX_LOOK // 2}
         return read_look(*await self.link.call(header, timeout_s=GRACE_S), self._places)
 
     async def replay(self, shell: Shell) -> None:
@@ -157,7 +167,7 @@ class Box:
         header = {
             "op": "open",
             "session": shell.name,
-            "env": dict(self.info.spec.env),
+            "env": self._env,
             "prelude": self._prelude,
             "keep": self.info.spec.limits.output_bytes,
         }
@@ -181,8 +191,9 @@ class Box:
                 "service that is not root may lack (see `limits` of /health)."
             )
         async with self._freezing:
+            gone = SandboxGone(f"sandbox {self.info.id} was closed meanwhile.")
             if self.is_closed:
-                raise SandboxGone(f"sandbox {self.info.id} was closed meanwhile.")
+                raise gone
             if self._holds == 0:
                 self.link.hold()
                 try:
@@ -190,6 +201,8 @@ class Box:
                 except BaseException:
                     self.link.release()
                     await asyncio.shield(self.freezer.thaw())
+                    if self.is_closed:  # Its agent was told to end.
+                        raise gone from None
                     raise
             self._holds += 1
 
@@ -222,9 +235,9 @@ class Box:
 
         What waits for a command hears `SandboxGone`.
         """
+        self.is_closed = True
         self.link.end()
         self.link.fail(SandboxGone(f"sandbox {self.info.id} was closed meanwhile."))
-        self.is_closed = True
         async with self._freezing:
             await self._close()
 
@@ -340,7 +353,8 @@ def agent_arguments(
         patience_s: Seconds that one which does not waits for a line that broke.
     """
     lifetime_s = info.spec.lifetime_s + _LATE_S
-    return [*python, line, repr(lifetime_s), repr(lifetime_s if durable else patience_s)]
+    relay = [str(RELAY_PORT)] if info.spec.egress is not None else []
+    return [*python, line, repr(lifetime_s), repr(lifetime_s if durable else patience_s), *relay]
 
 
 def open_link(directory: Path, spec: SandboxSpec, owner: int | None) -> DialledLink:

@@ -102,14 +102,7 @@ def arguments(
     if die_with_parent:
         call.append("--die-with-parent")
     call += ["--uid", str(_UID), "--gid", str(_UID), "--hostname", "sandbox"]
-    call += ["--ro-bind", "/usr", "/usr"]
-    for name in ("bin", "sbin", "lib", "lib32", "lib64", "libx32"):
-        path = f"/{name}"
-        if os.path.islink(path):
-            call += ["--symlink", os.readlink(path), path]
-        elif os.path.isdir(path):
-            call += ["--ro-bind", path, path]
-    call += ["--ro-bind", str(etc), "/etc"]
+    call += [*_programs(), "--ro-bind", str(etc), "/etc"]
     if network:
         call += ["--share-net", "--ro-bind-try", "/etc/resolv.conf", "/etc/resolv.conf"]
     call += ["--proc", "/proc", "--ro-bind", "/proc/sys", "/proc/sys", "--dev", "/dev"]
@@ -126,6 +119,18 @@ def arguments(
     return [*call, "--"]
 
 
+def _programs() -> list[str]:
+    """Binds what the host's programs are in."""
+    binds = ["--ro-bind", "/usr", "/usr"]
+    for name in ("bin", "sbin", "lib", "lib32", "lib64", "libx32"):
+        path = f"/{name}"
+        if os.path.islink(path):
+            binds += ["--symlink", os.readlink(path), path]
+        elif os.path.isdir(path):
+            binds += ["--ro-bind", path, path]
+    return binds
+
+
 def problem(drop: Sequence[str]) -> str | None:
     """Why bubblewrap does not work here, or None.
 
@@ -137,6 +142,7 @@ def problem(drop: Sequence[str]) -> str | None:
     if (lack := seccomp.problem()) is not None:
         return lack
     probe = ["bwrap", "--unshare-all", "--unshare-user", "--disable-userns"]
-    probe += ["--ro-bind", "/", "/", "--proc", "/proc", "true"]
+    # Not all of the root: a disk that is unmounted meanwhile, as another sandbox's, would fail it.
+    probe += [*_programs(), "--proc", "/proc", "true"]
     done = subprocess.run([*drop, *probe], capture_output=True, text=True, check=False)
     return None if done.returncode == 0 else f"bwrap fails: {done.stderr.strip()}"

@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def settings(**fields: object) -> SandboxConfig:
     given = {"backend": "local", "isolation": "auto", "host": "127.0.0.1", "port": 9}
     given |= {"token_env": None, "state_dir": None, "pool": 0, "pool_idle_s": 1.0, "url": None}
+    given |= {"egress": None}
     given |= {"task": None, "requirements": None, "base": None, "source": "auto", "without": []}
     given |= {"force": False, "disk_mb": None}
     return SandboxConfig.model_validate({**given, "timeout_s": 9.0, "image": "i", **fields})

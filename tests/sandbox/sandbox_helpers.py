@@ -91,7 +91,12 @@ def open_directory() -> Iterator[Path]:
     try:
         yield path
     finally:
+        mounts = [line.split()[1] for line in Path("/proc/self/mounts").read_text().splitlines()]
+        left = [mount for mount in mounts if mount.startswith(f"{path}/")]
+        for mount in left:
+            subprocess.run(["umount", "--lazy", mount], check=True)
         shutil.rmtree(path)
+        assert left == [], "sandboxes are left, with disks of their own"
 
 
 _EMBEDDED = """
@@ -107,13 +112,20 @@ with embedded(backend, isolation=isolation, state_dir=Path(state_dir)) as url:
 
 @contextmanager
 def serving(
-    kind: str, state_dir: Path, *, embedded: bool = False, port: int = 0, pool: int = 0
+    kind: str,
+    state_dir: Path,
+    *,
+    embedded: bool = False,
+    port: int = 0,
+    pool: int = 0,
+    egress: Path | None = None,
 ) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """A service in a process of its own, and its URL."""
     backend, isolation = BACKENDS[kind]
     command = [sys.executable, "-m", "sandbox", "serve", "--port", str(port), "--backend", backend]
     command += ["--pool", str(pool)]
     command += ["--isolation", isolation, "--state-dir", str(state_dir)]
+    command += [] if egress is None else ["--egress", str(egress)]
     if embedded:
         command = [sys.executable, "-c", _EMBEDDED, backend, isolation, str(state_dir)]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)

@@ -69,10 +69,12 @@ def test_doctor_says_what_is_missing(
     assert re.search(r"^bubblewrap +works ", capsys.readouterr().out, re.MULTILINE)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path}/no.sock")
+    monkeypatch.setenv("KLONG_CACHE", str(tmp_path))
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
     assert re.search(r"^bubblewrap +missing .*apt install bubblewrap", out, re.MULTILINE)
     assert re.search(r"^docker daemon +missing", out, re.MULTILINE)
+    assert re.search(r"^egress engine +missing .*install-egress", out, re.MULTILINE)
 
 
 def test_metrics_count_what_happened(state_dir: Path) -> None:

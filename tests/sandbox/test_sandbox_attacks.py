@@ -14,16 +14,19 @@ import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import hostile
 import hostile_calls
+import hostile_egress
 import hostile_host
 import hostile_outside
 import pytest
+from egress_helpers import require_egress, upstream
 from sandbox_helpers import make_backend, open_directory, require
 
 from sandbox.backends import seccomp
-from sandbox.client import Limits, SandboxClient, SandboxSpec
+from sandbox.client import Egress, Limits, Sandbox, SandboxClient, SandboxSpec
 from sandbox.service import embedded
 from sandbox.spec import MB
 
@@ -38,6 +41,13 @@ LIMITS = Limits(
     disk_mb=32,
     inodes=1500,
     output_bytes=4096,
+)
+
+EGRESS = Egress(
+    allow=(hostile_egress.OPEN, "github.com", "*.github.com", "*.githubusercontent.com"),
+    block=("https://github.com/org/secret",),
+    packages=("pypi",),
+    block_packages=("secret",),
 )
 
 
@@ -99,6 +109,19 @@ def abstract() -> Iterator[str]:
         yield name
 
 
+async def _inside(box: Sandbox, facts: dict[str, object], *modules: ModuleType) -> dict[str, str]:
+    """What the programs of modules come to."""
+    for module in modules:
+        assert module.__file__
+        await box.write(f"{module.__name__}.py", Path(module.__file__).read_bytes())
+    names = ", ".join(module.__name__ for module in modules)
+    run = f"python3 -c 'import {names}; hostile.main()'"
+    inside = await box.exec(run, stdin=json.dumps(facts), timeout_s=60)
+    assert inside.exit_code == 0, inside
+    found: dict[str, str] = json.loads(inside.stdout)
+    return found
+
+
 def _host() -> dict[str, str]:
     """What no attack may change."""
     names = ("core_pattern", "hostname", "shmmax")
@@ -116,12 +139,9 @@ def test_attacks_come_to_what_the_list_says(kind: str, abstract: str) -> None:
             await client.create(spec) as box,
             await client.create(spec) as peer,
         ):
-            for module in (hostile, hostile_calls, hostile_host):
-                await box.write(f"{module.__name__}.py", Path(module.__file__).read_bytes())
-            run = "python3 -c 'import hostile, hostile_calls, hostile_host; hostile.main()'"
-            inside = await box.exec(run, stdin=json.dumps(facts), timeout_s=60)
-            assert inside.exit_code == 0, inside
-            found: dict[str, str] = json.loads(inside.stdout)
+            found = await _inside(box, facts, hostile, hostile_calls, hostile_host)
+            async with await client.create(SandboxSpec(limits=LIMITS, egress=EGRESS)) as other:
+                found |= await _inside(other, facts, hostile, hostile_egress)
             scene = hostile_outside.Scene(box, peer, root / "outside")
             for attack in hostile_outside.ATTACKS:
                 found[attack.what] = await attack.program(scene)
@@ -129,12 +149,17 @@ def test_attacks_come_to_what_the_list_says(kind: str, abstract: str) -> None:
                 assert alive.stdout == "works\n", f"{attack.what}: {alive}"
         return found
 
+    require_egress()
     before = _host()
     with open_directory() as root:
         (root / "outside").mkdir()
         (root / "outside").chmod(0o777)
-        with embedded(make_backend(kind, root / "state")) as url:
+        with (
+            upstream(root) as (settings, asked),
+            embedded(make_backend(kind, root / "state"), egress=settings) as url,
+        ):
             found = asyncio.run(main(url, root))
+        assert asked and not [one for one in asked if "ecret" in one]
         assert not list((root / "state").glob("*/*/sb-*"))
         assert str(root) not in Path("/proc/mounts").read_text()
     expected = {

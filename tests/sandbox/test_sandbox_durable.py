@@ -121,6 +121,24 @@ def test_what_a_killed_service_served_is_adopted(kind: str, state_dir: Path) -> 
     asyncio.run(main())
 
 
+def test_a_service_is_missed_from_when_it_went_not_from_when_it_was_asked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("sandbox.client._IN_VAIN_S", 0.2)
+    tries: list[float] = []
+
+    async def send() -> str:
+        tries.append(0.0)
+        if len(tries) == 1:
+            await asyncio.sleep(0.4)  # A command that ran for longer than the client waits.
+        if len(tries) < 3:
+            raise SandboxUnavailable("the service was killed")
+        return "answer"
+
+    client = SandboxClient("http://127.0.0.1:9", reconnect_s=0.35)
+    assert asyncio.run(client._insist(send)) == "answer"
+
+
 def test_a_sandbox_expires_without_its_service(kind: str, state_dir: Path) -> None:
     argument = unique_sleep()
 

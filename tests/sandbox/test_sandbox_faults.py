@@ -46,7 +46,7 @@ def _is_a_fault(error: SandboxError, says: str) -> None:
 
 def test_who_failed_is_told_by_every_kind() -> None:
     agents_own = {"refused", "too_large", "gated", "unfinished", "ended"}
-    agents_own |= {"file_missing", "session_ended"}
+    agents_own |= {"file_missing", "session_ended", "snapshot_missing"}
     assert {kind for kind, cls in BY_KIND.items() if not cls.infra} == agents_own
 
 

@@ -92,13 +92,15 @@ def test_a_paused_sandbox_does_and_answers_nothing_until_it_is_resumed(service: 
 def test_the_time_limit_of_a_command_stands_still_with_it(service: Service) -> None:
     async def body(box: Sandbox) -> None:
         session = await box.session()
-        last = asyncio.create_task(session.run("sleep 0.5; echo in time", timeout_s=2))
-        late = asyncio.create_task(box.exec("sleep 60", timeout_s=2))
-        await asyncio.sleep(0.3)
+        wait = "until [ -e go ]; do sleep 0.05; done; echo in time"
+        last = asyncio.create_task(session.run(wait, timeout_s=3))
+        late = asyncio.create_task(box.exec("sleep 60", timeout_s=3))
+        await asyncio.sleep(0.1)
         await box.pause()
-        await asyncio.sleep(2)
+        await asyncio.sleep(3)
         assert not last.done() and not late.done()
         await box.resume()
+        await box.write("go", "")
         assert (await last).stdout == "in time\n"
         # Less what was spent paused, it is held to its limit; and so is what comes after.
         assert (await late).timed_out
@@ -164,7 +166,8 @@ def test_a_killed_service_leaves_a_paused_sandbox_paused(kind: str, state_dir: P
         await session.run(f"{_TICK} cd /tmp; A=1; setsid -f sleep {argument}")
 
         async def work() -> str:
-            done = await box.exec("echo begun >begun; sleep 0.5; echo in time", timeout_s=2)
+            wait = "until [ -e go ]; do sleep 0.05; done; echo in time"
+            done = await box.exec(f"echo begun >begun; {wait}", timeout_s=3)
             return done.stdout
 
         running = asyncio.create_task(work())
@@ -181,7 +184,7 @@ def test_a_killed_service_leaves_a_paused_sandbox_paused(kind: str, state_dir: P
             killed.wait()
         (ticks,) = state_dir.glob(f"*/*/{box.id}/data/workspace/ticks")
         assert await _stands_still(ticks)
-        time.sleep(1.5)
+        time.sleep(2)
         with serving(kind, state_dir, port=int(url.rpartition(":")[2])) as (again, url):
             async with SandboxClient(url) as other:
                 (info,) = await other.list()
@@ -194,6 +197,7 @@ def test_a_killed_service_leaves_a_paused_sandbox_paused(kind: str, state_dir: P
                     await (await other.attach(box.id)).snapshot()
                 # Its command is asked for again, and waited for.
                 await (await other.attach(box.id)).resume()
+                await box.write("go", "")
                 assert await running == "in time\n"
                 session = box.attach_session("work")
                 assert (await session.run("pwd; echo $A")).stdout == "/tmp\n1\n"

@@ -125,13 +125,15 @@ def test_a_paused_sandbox_is_kept_as_it_stands(service: Service) -> None:
     async def body(box: Sandbox) -> None:
         session = await box.session("work")
         await session.run("mkdir d; cd d; export A=1")
-        running = asyncio.create_task(box.exec("sleep 0.3; echo late >late"))
-        while not (await box.exec("pgrep sleep || ls /proc/*/exe -l | grep sleep")).stdout:
+        wait = "touch ~/begun; until [ -e go ]; do sleep 0.05; done; echo late >late"
+        running = asyncio.create_task(box.exec(wait))
+        while (await box.exec("ls ~/begun")).exit_code:
             pass
         await box.pause()
         info = await box.snapshot()
-        assert info.frozen and info.files == 0 and info.sessions[0].whole
+        assert info.frozen and info.files == 1 and info.sessions[0].whole
         await box.resume()
+        await box.write("go", "")
         assert (await running).exit_code == 0 and await box.read("late") == b"late\n"
         async with await box._client.create(SandboxSpec(snapshot=info.digest)) as fresh:
             said = await fresh.attach_session("work").run("pwd; echo $A; ls -A ..")

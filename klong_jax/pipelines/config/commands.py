@@ -266,7 +266,8 @@ class CorporaConfig(Section):
 class SandboxConfig(Section):
     """Sandboxes. Words before settings: serve, ps, exec ID COMMAND, logs ID, rm ID ..., doctor ...
 
-    More words: image ..., pause ID ..., resume ID ..., snapshot ID, snapshots, drop DIGEST ...
+    More words: image ..., pause ID ..., resume ID ..., snapshot ID, snapshots, drop DIGEST ...,
+    install-egress
     """
 
     backend: Literal["local", "docker", "kubernetes"]
@@ -285,6 +286,8 @@ class SandboxConfig(Section):
     """Sandboxes kept ready, of the kinds asked for last; 0 makes each when it is asked for."""
     pool_idle_s: float = Field(gt=0)
     """Seconds that one is kept ready."""
+    egress: Path | None
+    """File of JSON that says how sandboxes are let out; null is by public indexes and DNS."""
     disk_mb: int | None
     """Of serve: megabytes that a sandbox which asks for no quota may write; 0 sets none, null is
     10 GB where this host can hold a quota."""

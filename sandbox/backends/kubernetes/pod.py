@@ -92,6 +92,8 @@ def pod(
     spec, limits = info.spec, info.spec.limits
     if limits.inodes is not None:
         raise SandboxRefused("limits.inodes: Kubernetes counts no inodes; leave it out.")
+    if spec.egress is not None:
+        raise SandboxRefused("egress: the Kubernetes backend has no proxy; use a local service.")
     setup = _SETUP.format(
         blocks=limits.files_mb * MB // 512, files=limits.open_files, pids=limits.pids
     )
