@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from sandbox import admin
+from sandbox.backends.kubernetes.options import Options
 from sandbox.client import SandboxClient
 from sandbox.egress.settings import EgressSettings
 from sandbox.errors import SandboxError
@@ -31,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
         elif options.action == "install-egress":
             admin.install_egress()
         elif options.action == "doctor":
-            admin.doctor(options.image)
+            admin.doctor(options.image, _cluster(options))
         elif options.action == "image":
             return _image(options)
         else:
@@ -52,8 +53,14 @@ def _parser() -> argparse.ArgumentParser:
     token.add_argument(
         "--token-env", metavar="NAME", help="environment variable with the bearer token to ask for"
     )
-    run = actions.add_parser("serve", parents=[token], help="serve until SIGINT or SIGTERM")
-    run.add_argument("--backend", choices=("local", "docker"), default="local")
+    cluster = argparse.ArgumentParser(add_help=False)
+    cluster.add_argument("--namespace", default="klong-sandbox", help="of kubernetes: its pods'")
+    cluster.add_argument("--runtime-class", help="of kubernetes: such as gVisor's or Kata's")
+    cluster.add_argument("--kubeconfig", help="of kubernetes: how to reach the cluster")
+    run = actions.add_parser(
+        "serve", parents=[token, cluster], help="serve until SIGINT or SIGTERM"
+    )
+    run.add_argument("--backend", choices=("local", "docker", "kubernetes"), default="local")
     run.add_argument("--isolation", choices=("auto", "bubblewrap", "none"), default="auto")
     run.add_argument("--host", default="127.0.0.1")
     run.add_argument("--port", type=int, default=8700, help="0 takes a free port")
@@ -74,7 +81,9 @@ def _parser() -> argparse.ArgumentParser:
         help="disk quota of sandboxes that ask for none (10000 where it can be had); 0: no quota",
     )
     actions.add_parser("install-egress", help="install what lets sandboxes reach the network")
-    host = actions.add_parser("doctor", help="what this host can do for sandboxes")
+    host = actions.add_parser(
+        "doctor", parents=[cluster], help="what this host can do for sandboxes"
+    )
     host.add_argument("--image", default="klong/base:bookworm", help="what docker takes by default")
 
     service = argparse.ArgumentParser(add_help=False, parents=[token])
@@ -98,6 +107,14 @@ def _parser() -> argparse.ArgumentParser:
     drop = actions.add_parser("drop", parents=[service], help="delete snapshots")
     drop.add_argument("digests", nargs="+", metavar="digest")
     return parser
+
+
+def _cluster(options: argparse.Namespace) -> Options:
+    return Options(
+        namespace=options.namespace,
+        runtime_class=options.runtime_class,
+        kubeconfig=options.kubeconfig,
+    )
 
 
 def _add_image(image: argparse.ArgumentParser) -> None:
@@ -148,6 +165,7 @@ def _serve(options: argparse.Namespace, token: str | None) -> None:
         pool_idle_s=options.pool_idle,
         egress=None if options.egress is None else EgressSettings.read(options.egress),
         disk_mb=options.disk_mb,
+        cluster=_cluster(options),
         announce=lambda sentence: print(sentence, flush=True),
     )
 

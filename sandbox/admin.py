@@ -9,6 +9,7 @@ from subprocess import CalledProcessError
 from typing import Any
 
 from sandbox.api import Event, SandboxInfo
+from sandbox.backends.kubernetes.options import Options
 from sandbox.client import SandboxClient
 from sandbox.doctor import findings
 from sandbox.egress.install import install
@@ -135,9 +136,9 @@ async def drop(client: SandboxClient, digests: Iterable[str]) -> None:
         print(digest)
 
 
-def doctor(image: str) -> None:
-    """Prints what this host can do for sandboxes."""
-    rows = [(one.name, one.found or "missing", one.allows) for one in findings(image)]
+def doctor(image: str, cluster: Options | None = None) -> None:
+    """Prints what this host, and a cluster that it reaches, can do for sandboxes."""
+    rows = [(one.name, one.found or "missing", one.allows) for one in findings(image, cluster)]
     print_table([("WHAT", "FOUND", "WHAT THAT MEANS"), *rows])
 
 

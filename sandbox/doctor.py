@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from sandbox.backends import bubblewrap, cgroups
+from sandbox.backends.kubernetes.options import Options
 from sandbox.backends.local import bubblewrap_problem
 from sandbox.egress import install
 
@@ -37,16 +39,29 @@ class Finding:
     required: bool = False
 
 
-def findings(image: str) -> Iterator[Finding]:
+def findings(image: str, cluster: Options | None = None) -> Iterator[Finding]:
     """Looks at the host, one thing after another.
 
     Args:
         image: Docker image that sandboxes get by default.
+        cluster: Of the Kubernetes backend; None takes its defaults.
     """
     yield _bubblewrap()
     yield _control_groups()
     yield _egress()
     yield from _docker(image)
+    yield from _kubernetes(cluster or Options())
+
+
+def _kubernetes(cluster: Options) -> Iterator[Finding]:
+    try:
+        from sandbox.backends.kubernetes.check import look
+    except ImportError:
+        without = "its Python package is missing (pip install 'klong-jax[kubernetes]')."
+        yield Finding("kubernetes", "", f"backend=kubernetes cannot be used: {without}")
+        return
+    for row in asyncio.run(look(cluster)):
+        yield Finding(*row)
 
 
 def _bubblewrap() -> Finding:

@@ -1,8 +1,8 @@
 """The service's end of the line to one agent.
 
-What runs in a sandbox may be hostile, so nothing that comes from there is believed: the peer must
-be the very process that the backend started, frames are bounded, and a frame that is none ends
-the sandbox.
+What runs in a sandbox may be hostile, so nothing that comes from there is believed: whatever
+carries the line sees to it that the peer is the agent, frames are bounded, and a frame that is
+none ends the sandbox.
 """
 
 from __future__ import annotations
@@ -10,13 +10,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import secrets
-import socket
-import struct
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
-from pathlib import Path
+from typing import Protocol
 
 from sandbox.errors import BY_KIND, SandboxError, SandboxLost
 from sandbox.protocol import VERSION, Decoder, Header, ProtocolError, encode
@@ -27,11 +24,7 @@ log = logging.getLogger("sandbox")
 # Over what a request itself may take: after that the agent has failed, not the command.
 GRACE_S = 30.0
 
-# What an agent that lives has to dial again after its connection broke.
-_REDIAL_S = 2.0
-
 _SLACK = 1 << 16
-_CREDENTIALS = struct.Struct("3i")
 
 Answer = tuple[Header, bytes]
 
@@ -39,59 +32,44 @@ Answer = tuple[Header, bytes]
 OnOutput = Callable[[str, bytes], None]
 
 
+class Wire(Protocol):
+    """One connection to the agent; its owner calls `Link.attach`, `feed` and `lost`."""
+
+    def write(self, frame: bytes) -> None:
+        """Sends, or keeps to send, the bytes of a frame."""
+
+    def abort(self) -> None:
+        """Breaks the connection."""
+
+
 class Link:
     """Requests to one agent, which survive a broken connection."""
 
-    def __init__(self, directory: Path, *, owner: int | None, max_payload: int) -> None:
-        """Listens on a socket in `directory`, which is mounted into the sandbox.
+    def __init__(self, *, max_payload: int, redial_s: float) -> None:
+        """Waits for a connection, which whoever carries the line attaches.
 
         Args:
-            directory: Where the socket is made; an earlier service's is replaced.
-            owner: User that may connect, or None for this process's.
             max_payload: Bytes that an answer of this sandbox may hold.
+            redial_s: Seconds without a connection after which the agent is held to be gone.
         """
-        self._max_payload = max_payload + _SLACK
+        self._max_payload, self._redial_s = max_payload + _SLACK, redial_s
         self._outstanding: dict[str, tuple[bytes, asyncio.Future[Answer]]] = {}
         # Who hears an operation's output, and how many bytes more of it.
         self._listeners: dict[str, tuple[OnOutput, int]] = {}
         self._received: list[str] = []
-        self._wire: _Wire | None = None
-        self._is_agent: Callable[[int], bool] | None = None
+        self._wire: Wire | None = None
+        self._decoder = Decoder(self._max_payload)
         self.agent_pid: int | None = None
         self._error: SandboxError | None = None
         self._ready = asyncio.get_running_loop().create_future()
-        self.directory, self.owner = directory, owner
-        self._listener = listen(directory, "agent.sock", owner)
-        self._server: asyncio.Server | None = None
-        self._standstill = Standstill(directory)
+        # Of one that can be frozen: for how long it was.
+        self.standstill: Standstill | None = None
         # What is waited for, and the seconds that each has left once the agent runs again.
         self._patience: dict[asyncio.Timeout, float] = {}
         self._overdue = False
 
-    async def listen(self, is_agent: Callable[[int], bool]) -> None:
-        """Begins to hear the agent.
-
-        Args:
-            is_agent: Whether a process, by its id on this host, is the agent.
-        """
-        loop = asyncio.get_running_loop()
-        self._is_agent = is_agent
-        self._server = await loop.create_unix_server(lambda: _Wire(self), sock=self._listener)
-
-    async def connected(self, is_agent: Callable[[int], bool]) -> None:
-        """Waits for the agent.
-
-        Args:
-            is_agent: As in `listen`.
-
-        Raises:
-            SandboxError: it ended first.
-        """
-        await self.listen(is_agent)
-        await self.dialled()
-
     async def dialled(self) -> None:
-        """Waits for the agent that is listened for.
+        """Waits until the agent has said hello.
 
         Raises:
             SandboxError: it ended first.
@@ -101,11 +79,12 @@ class Link:
     @property
     def is_held(self) -> bool:
         """Whether the agent is frozen, or an earlier service that was killed had frozen it."""
-        return self._standstill.began is not None
+        return self.standstill is not None and self.standstill.began is not None
 
     def hold(self) -> None:
         """The agent is about to be frozen: what it owes is not late until it runs again."""
-        self._standstill.begin()
+        if self.standstill is not None:
+            self.standstill.begin()
         now = asyncio.get_running_loop().time()
         for timeout in self._patience:
             when = timeout.when()
@@ -115,14 +94,15 @@ class Link:
 
     def release(self) -> None:
         """The agent is about to run again."""
-        self._standstill.end()
+        if self.standstill is not None:
+            self.standstill.end()
         now = asyncio.get_running_loop().time()
         for timeout, left_s in self._patience.items():
             if not timeout.expired():
                 timeout.reschedule(now + left_s)
         if self._overdue:
             self._overdue = False
-            asyncio.get_running_loop().call_later(_REDIAL_S, self._give_up)
+            asyncio.get_running_loop().call_later(self._redial_s, self._give_up)
 
     @contextlib.asynccontextmanager
     async def _within(self, seconds: float) -> AsyncIterator[None]:
@@ -213,8 +193,7 @@ class Link:
                 future.set_exception(error)
                 future.exception()  # Whoever waits sees it; nobody may be waiting.
         if self._wire is not None:
-            self._wire.transport.abort()
-        (self._server or self._listener).close()
+            self._wire.abort()
 
     @property
     def is_lost(self) -> bool:
@@ -227,20 +206,23 @@ class Link:
 
     def _send(self, frame: bytes) -> None:
         if self._wire is not None:
-            self._wire.transport.write(frame)
+            self._wire.write(frame)
 
-    def accept(self, wire: _Wire) -> bool:
-        """Whether a new connection is the agent's; it then replaces the last."""
-        pid = wire.peer()
-        if self._error is not None or self._is_agent is None or not self._is_agent(pid):
-            log.warning("process %d inside a sandbox poses as its agent; refused", pid)
-            return False
-        self.agent_pid = pid
-        self._wire = wire
-        wire.decoder = Decoder(self._max_payload)
-        return True
+    def attach(self, wire: Wire) -> None:
+        """Takes a new connection of the agent, which replaces the last."""
+        self._wire, self._decoder = wire, Decoder(self._max_payload)
 
-    def receive(self, header: Header, payload: bytes) -> None:
+    def feed(self, wire: Wire, data: bytes) -> None:
+        """Takes what a connection has brought; bytes of one that was replaced are dropped."""
+        if wire is not self._wire:
+            return
+        try:
+            for header, payload in self._decoder.feed(data):
+                self._receive(header, payload)
+        except ProtocolError as error:
+            self.fail(SandboxLost(f"the agent inside the sandbox sent {error}."))
+
+    def _receive(self, header: Header, payload: bytes) -> None:
         """Takes one frame of the agent.
 
         Raises:
@@ -271,68 +253,15 @@ class Link:
         self._listeners[operation] = on_output, left - len(payload)
         on_output(name, payload)
 
-    def lost(self, wire: _Wire) -> None:
-        """A connection broke; an agent that lives dials again."""
+    def lost(self, wire: Wire) -> None:
+        """A connection broke; an agent that lives makes another."""
         if wire is self._wire and self._error is None:
             self._wire = None
             loop = asyncio.get_running_loop()
-            loop.call_later(_REDIAL_S, self._give_up)
+            loop.call_later(self._redial_s, self._give_up)
 
     def _give_up(self) -> None:
         if self._wire is None and self.is_held:
             self._overdue = True  # It cannot dial, frozen as it is.
         elif self._wire is None:
             self.fail(SandboxLost("the agent inside the sandbox has gone; so has the sandbox."))
-
-
-class _Wire(asyncio.Protocol):
-    """One connection."""
-
-    transport: asyncio.Transport
-    decoder: Decoder | None = None
-
-    def __init__(self, link: Link) -> None:
-        self._link = link
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self.transport = transport
-        if not self._link.accept(self):
-            transport.abort()
-
-    def peer(self) -> int:
-        """The process at the other end, by its id on this host."""
-        sock = self.transport.get_extra_info("socket")
-        given = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-        return int(_CREDENTIALS.unpack(given)[0])
-
-    def data_received(self, data: bytes) -> None:
-        if self.decoder is None:
-            return
-        try:
-            for header, payload in self.decoder.feed(data):
-                self._link.receive(header, payload)
-        except ProtocolError as error:
-            self._link.fail(SandboxLost(f"the agent inside the sandbox sent {error}."))
-
-    def connection_lost(self, error: Exception | None) -> None:
-        self._link.lost(self)
-
-
-def listen(directory: Path, name: str, owner: int | None) -> socket.socket:
-    """A socket of that name in a directory, that a user may connect to; replaces an earlier one."""
-    listener = socket.socket(socket.AF_UNIX)
-    path = directory / name
-    path.unlink(missing_ok=True)
-    fd = os.open(directory, os.O_PATH | os.O_DIRECTORY)
-    try:
-        # However long the directory's own path is, this one fits into an address.
-        listener.bind(f"/proc/self/fd/{fd}/{name}")
-    finally:
-        os.close(fd)
-    if owner is not None:
-        os.chown(path, owner, owner)
-    path.chmod(0o600)
-    listener.listen(8)
-    listener.setblocking(False)
-    return listener

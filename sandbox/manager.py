@@ -37,6 +37,7 @@ from sandbox.errors import (
     SandboxUnavailable,
     SandboxUnfinished,
 )
+from sandbox.files import Files
 from sandbox.gates import Gate
 from sandbox.link import OnOutput
 from sandbox.look import Look
@@ -44,7 +45,6 @@ from sandbox.metrics import Metrics
 from sandbox.pool import Pool
 from sandbox.spec import Gates, SandboxSpec, check_id
 from sandbox.usage import Usage, usage
-from sandbox.workspace import Workspace
 
 log = logging.getLogger("sandbox")
 
@@ -292,7 +292,7 @@ class Manager:
     @contextlib.contextmanager
     def workspace(
         self, sandbox_id: str, kind: str, path: str = "", *, writes: bool = False
-    ) -> Iterator[Workspace]:
+    ) -> Iterator[Files]:
         """The files of a sandbox, for a transfer that the log names."""
         entry = self._awake(sandbox_id)
         with entry.gate.writing() if writes else contextlib.nullcontext(), self._use(entry):

@@ -26,7 +26,7 @@ _DURABLE = "durable"
 PLACES = ("workspace", "tmp", "home")
 
 # Users for sandboxes under root are drawn from here, far above those of people and packages.
-FIRST_UID, _LAST_UID = 1 << 30, (1 << 31) - 2
+FIRST_UID, LAST_UID = 1 << 30, (1 << 31) - 2
 # The one before them is the egress engine's.
 ENGINE_UID = FIRST_UID - 1
 
@@ -149,7 +149,7 @@ def make_places(box: Path, uid: int | None) -> None:
 
 def draw_uid() -> int | None:
     """A user for one sandbox alone, as root can give it; None for anyone else."""
-    return random.SystemRandom().randint(FIRST_UID, _LAST_UID) if os.geteuid() == 0 else None
+    return random.SystemRandom().randint(FIRST_UID, LAST_UID) if os.geteuid() == 0 else None
 
 
 def abandoned(state_dir: Path) -> Iterator[Path]:

@@ -18,7 +18,6 @@ from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from sandbox import archive
 from sandbox.api import (
     EndRequest,
     ExecRequest,
@@ -37,10 +36,10 @@ from sandbox.errors import (
     SandboxUnauthorised,
     host_fault,
 )
+from sandbox.files import Files
 from sandbox.link import OnOutput
 from sandbox.manager import Manager
 from sandbox.spec import Gates, SandboxSpec
-from sandbox.workspace import Workspace
 
 log = logging.getLogger("sandbox")
 
@@ -171,7 +170,7 @@ def _require(token: str) -> Middleware:
 
 def _workspace(
     request: web.Request, kind: str, path: str = "", *, writes: bool = False
-) -> AbstractContextManager[Workspace]:
+) -> AbstractContextManager[Files]:
     manager = request.app[_MANAGER]
     return manager.workspace(request.match_info["id"], kind, path, writes=writes)
 
@@ -380,7 +379,7 @@ async def _upload(request: web.Request) -> web.Response:
         _workspace(request, "upload", writes=True) as workspace,
         await _body(request, workspace.max_bytes) as body,
     ):
-        await asyncio.to_thread(archive.unpack, workspace, body)
+        await asyncio.to_thread(workspace.unpack, body)
     return web.json_response({})
 
 
@@ -388,7 +387,7 @@ async def _download(request: web.Request) -> web.StreamResponse:
     # Packed whole before the first byte goes out, so that an error still has a status.
     with tempfile.TemporaryFile() as file:
         with _workspace(request, "download") as workspace:
-            await asyncio.to_thread(archive.pack, workspace, file)
+            await asyncio.to_thread(workspace.pack, file)
         response = web.StreamResponse(headers={"Content-Type": "application/x-tar"})
         response.content_length = file.tell()
         await response.prepare(request)

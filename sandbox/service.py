@@ -10,7 +10,7 @@ import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from aiohttp import web
 
@@ -18,6 +18,9 @@ from sandbox.backends import Backend, BackendName, disk, open_backend
 from sandbox.egress.settings import EgressSettings
 from sandbox.errors import SandboxRefused, SandboxUnavailable, host_fault
 from sandbox.routes import create_app
+
+if TYPE_CHECKING:
+    from sandbox.backends.kubernetes.options import Options
 
 # Of a sandbox that asks for no quota: more than work takes, less than fills a host's disk.
 _DISK_MB = 10_000
@@ -108,6 +111,7 @@ def serve(
     pool_idle_s: float = 600.0,
     egress: EgressSettings | None = None,
     disk_mb: int | None = None,
+    cluster: Options | None = None,
     announce: Callable[[str], None] = print,
 ) -> None:
     """Serves until SIGINT or SIGTERM, then removes every sandbox.
@@ -116,7 +120,7 @@ def serve(
     state directory adopts them, or they end with their lifetime.
 
     Args:
-        backend: "local" or "docker".
+        backend: "local", "docker" or "kubernetes".
         isolation: Of the local backend; "auto" is "bubblewrap": whom one serves to must know of
             "none".
         host: Address to bind; other than loopback needs a token.
@@ -127,13 +131,14 @@ def serve(
         pool_idle_s: Seconds that one is kept ready.
         egress: How sandboxes are let out that ask for it.
         disk_mb: `limits.disk_mb` of sandboxes that ask for none; 0 leaves them without. None:
-            10 GB where this host can hold a quota.
+            10 GB where this host can hold a quota, the namespace's default on Kubernetes.
+        cluster: Of the Kubernetes backend; None takes its defaults.
         announce: Called once with a sentence that holds the URL.
 
     Raises:
         SandboxError: it cannot start; the message says why in one sentence.
     """
-    quota_mb = _quota_mb(disk_mb)
+    quota_mb = _quota_mb(disk_mb, backend)
 
     async def main() -> None:
         stop = asyncio.Event()
@@ -145,6 +150,7 @@ def serve(
             isolation="bubblewrap" if isolation == "auto" else isolation,
             state_dir=state_dir,
             durable=True,
+            cluster=cluster,
         )
         async with running(
             chosen,
@@ -162,8 +168,10 @@ def serve(
     asyncio.run(main())
 
 
-def _quota_mb(asked: int | None) -> int:
-    lack = disk.problem()
+def _quota_mb(asked: int | None, backend: BackendName) -> int:
+    if backend == "kubernetes" and asked is None:
+        return 0  # A LimitRange of the namespace says what is usual there.
+    lack = None if backend == "kubernetes" else disk.problem()
     if asked is not None and asked != 0 and asked < 8:
         raise SandboxRefused(f"disk_mb: {asked} is too small; set 8 or more, or 0 for no quota.")
     if asked and lack is not None:

@@ -17,7 +17,7 @@ from sandbox.errors import SandboxRefused
 
 MB = 1_000_000
 
-Isolation = Literal["bubblewrap", "none", "docker"]
+Isolation = Literal["bubblewrap", "none", "docker", "kubernetes"]
 
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 

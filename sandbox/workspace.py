@@ -84,18 +84,24 @@ class Workspace:
         with self.parent(f"{path}/.probe") if split_path(path) else contextlib.nullcontext():
             pass
 
-    def read(self, path: str) -> bytes:
-        """The bytes of one regular file."""
+    @contextlib.contextmanager
+    def opened(self, path: str) -> Iterator[BinaryIO]:
+        """Opens one regular file for reading; its size is not looked at."""
         with self.parent(path) as (parent, name), _refusals(path):
             fd = os.open(name, _FILE, dir_fd=parent)
         try:
             if not stat.S_ISREG(os.fstat(fd).st_mode):
                 raise SandboxRefused(f"path {path!r} is not a regular file.")
             with open(fd, "rb", closefd=False) as file:
-                # One byte more than allowed: the file may grow after any check of its size.
-                data = file.read(self.max_bytes + 1)
+                yield file
         finally:
             os.close(fd)
+
+    def read(self, path: str) -> bytes:
+        """The bytes of one regular file."""
+        with self.opened(path) as file:
+            # One byte more than allowed: the file may grow after any check of its size.
+            data = file.read(self.max_bytes + 1)
         if len(data) > self.max_bytes:
             raise SandboxTooLarge(f"path {path!r} is over the limit of {self.max_bytes} bytes.")
         return data

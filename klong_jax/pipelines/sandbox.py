@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 from klong_jax.core.errors import UserError
 from klong_jax.pipelines.config.commands import SandboxConfig
 from sandbox import admin
+from sandbox.backends.kubernetes.options import Options
 from sandbox.client import SandboxClient, SandboxError
 from sandbox.egress.settings import EgressSettings
 from sandbox.service import serve
@@ -51,7 +52,7 @@ def run(settings: SandboxConfig, *words: str) -> int:
         if action == "serve":
             _serve(settings, token)
         elif action == "doctor":
-            admin.doctor(settings.image)
+            admin.doctor(settings.image, _cluster(settings))
         elif action == "install-egress":
             admin.install_egress()
         elif action == "image":
@@ -61,6 +62,14 @@ def run(settings: SandboxConfig, *words: str) -> int:
     except SandboxError as error:
         raise UserError(str(error)) from None
     return 0
+
+
+def _cluster(settings: SandboxConfig) -> Options:
+    return Options(
+        namespace=settings.namespace,
+        runtime_class=settings.runtime_class,
+        kubeconfig=settings.kubeconfig,
+    )
 
 
 def _serve(settings: SandboxConfig, token: str | None) -> None:
@@ -77,6 +86,7 @@ def _serve(settings: SandboxConfig, token: str | None) -> None:
         pool_idle_s=settings.pool_idle_s,
         egress=None if settings.egress is None else EgressSettings.read(settings.egress),
         disk_mb=settings.disk_mb,
+        cluster=_cluster(settings),
         announce=lambda sentence: print(sentence, flush=True),
     )
 

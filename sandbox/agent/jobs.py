@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
@@ -105,10 +106,18 @@ class Pool:
                 self.release(self._start())
 
     def _start(self) -> supervisor.Supervisor:
+        return self.fork(None)
+
+    def fork(self, serve: Callable[[socket.socket], object] | None) -> supervisor.Supervisor:
+        """Forks a supervisor, or another that serves; `alive` has it until it is reaped.
+
+        Raises:
+            OSError: there is no room for it.
+        """
         # Inherited: set after its start it would come too late for what a command starts at once.
         os.write(self._oom_score, _FIRST_TO_GO)
         try:
-            started = supervisor.start()
+            started = supervisor.start(serve)
         finally:
             os.write(self._oom_score, _LAST_TO_GO)
         self.alive.add(started.pid)

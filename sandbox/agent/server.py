@@ -17,6 +17,7 @@ from sandbox.agent.look import look
 from sandbox.agent.loop import Loop
 from sandbox.agent.results import Results
 from sandbox.agent.sessions import Session
+from sandbox.agent.transfer import Transfer
 from sandbox.protocol import FROZEN_FILE, Header, encode
 
 # As in `typing`, whose import a sandbox would wait for.
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from typing import NoReturn
 
 _MAX_SESSIONS = 64
+_MAX_TRANSFERS = 16
 _RELAY_AGAIN_S = 0.2
 
 # Between two looks at whether all that was to end has ended.
@@ -44,12 +46,13 @@ class Server:
         """Prepares it.
 
         Args:
-            directory: Where the service's socket is.
+            directory: Where the service's socket is; none where a bridge will come.
             lifetime_s: Seconds after which it ends.
             orphan_s: Seconds that it outlives the loss of the service.
             relay_port: Where the relay to the egress proxy listens; None: there is none.
         """
         self._directory, self._lifetime_s, self._orphan_s = directory, lifetime_s, orphan_s
+        self._durable = orphan_s >= lifetime_s
         self._relay_port, self._relay = relay_port, 0
         self._loop = Loop()
         self._pool = Pool(self._loop)
@@ -64,16 +67,21 @@ class Server:
             "run": self._run,
             "close": self._close,
             "live": self._live,
+            "transfer": self._transfer,
+            "move": self._continue,
+            "directory": self._check_directory,
             "look": self._look,
             "halt": self._halt,
         }
+        self._transfers: dict[str, Transfer] = {}
 
     def run(self) -> NoReturn:
         """Serves until the sandbox is over."""
         processes.harden()
         processes.become_subreaper()
         self._watch_children()
-        self._loop.heed(f"{self._directory}/{FROZEN_FILE}")
+        if self._directory:
+            self._loop.heed(f"{self._directory}/{FROZEN_FILE}")
         self._expiry = self._loop.later(self._lifetime_s, self._finish, even_frozen=True)
         self._connection = Connection(
             self._loop,
@@ -222,7 +230,7 @@ class Server:
         """A sandbox that waited has a caller: its lifetime begins."""
         self._expiry.cancel()
         self._expiry = self._loop.later(header["lifetime"], self._finish, even_frozen=True)
-        if self._orphan_s > 0:
+        if self._durable:
             self._connection.outlive(header["lifetime"])
         self._answer(operation, {})
 
@@ -303,6 +311,49 @@ class Server:
             session.close()
         else:
             self._answer(operation, {})
+
+    def _transfer(self, operation: str, header: Header, payload: bytes) -> None:
+        """Begins a transfer, named by the operation, with its first chunk."""
+        if len(self._transfers) >= _MAX_TRANSFERS:
+            raise Refusal("unavailable", f"{_MAX_TRANSFERS} files are under way; wait for one.")
+
+        def over() -> None:
+            del self._transfers[operation]
+
+        try:
+            self._transfers[operation] = Transfer(self._pool, header, over)
+        except OSError as error:
+            raise Refusal("refused", f"files cannot be moved: {error.strerror}.") from None
+        self._move(operation, operation, header, payload)
+
+    def _continue(self, operation: str, header: Header, payload: bytes) -> None:
+        self._move(operation, header["transfer"], header, payload)
+
+    def _move(self, operation: str, name: str, header: Header, payload: bytes) -> None:
+        transfer = self._transfers.get(name)
+        if transfer is None:
+            raise Refusal("failed", "the transfer is over; begin another.")
+
+        def answer(result: Header, data: bytes) -> None:
+            self._answer(operation, result, data)
+
+        self._running[operation] = transfer.stop
+        if "last" in header:
+            transfer.push(payload, last=header["last"], answer=answer)
+        else:
+            transfer.pull(answer)
+
+    def _check_directory(self, operation: str, header: Header, _payload: bytes) -> None:
+        from pathlib import Path
+
+        from sandbox.errors import SandboxError
+        from sandbox.workspace import Workspace
+
+        try:
+            Workspace(Path(header["root"]), owner=None, max_bytes=0).directory(header["path"])
+        except SandboxError as error:
+            raise Refusal(error.kind, str(error)) from None
+        self._answer(operation, {})
 
     def _halt(self, operation: str, _header: Header, _payload: bytes) -> None:
         """Ends every session and whatever else runs."""

@@ -7,7 +7,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 
 from sandbox.agent import processes
@@ -58,8 +58,11 @@ class Supervisor:
         return int(status), complaint
 
 
-def start() -> Supervisor:
+def start(serve: Callable[[socket.socket], object] | None = None) -> Supervisor:
     """Forks a supervisor, which runs one job after another.
+
+    Args:
+        serve: What the fork does instead, with its end of a socket of messages.
 
     Raises:
         OSError: there is no room for another process.
@@ -75,7 +78,7 @@ def start() -> Supervisor:
         raise
     if pid == 0:
         try:
-            _serve(theirs)
+            (serve or _serve)(_seclude(theirs))
         finally:
             os._exit(1)
     theirs.close()
@@ -83,7 +86,8 @@ def start() -> Supervisor:
     return Supervisor(pid, ours)
 
 
-def _serve(sock: socket.socket) -> None:
+def _seclude(sock: socket.socket) -> socket.socket:
+    """Leaves a fork of the agent with nothing of it but the socket."""
     signal.set_wakeup_fd(-1)
     for number in _IGNORED:
         with suppress(OSError):
@@ -97,7 +101,10 @@ def _serve(sock: socket.socket) -> None:
     for place in (0, 1, 2):
         os.dup2(null, place)
     os.close(null)
-    sock = socket.socket(fileno=_SOCKET)
+    return socket.socket(fileno=_SOCKET)
+
+
+def _serve(sock: socket.socket) -> None:
     processes.become_subreaper()
     while True:
         message, ancillary, _, _ = sock.recvmsg(_MESSAGE, 256, socket.MSG_CMSG_CLOEXEC)

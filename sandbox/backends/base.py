@@ -23,6 +23,7 @@ from sandbox.api import (
     SessionRequest,
     SessionResult,
 )
+from sandbox.dialled import DialledLink
 from sandbox.errors import (
     SandboxError,
     SandboxGone,
@@ -30,6 +31,7 @@ from sandbox.errors import (
     SandboxRefused,
     SandboxUnavailable,
 )
+from sandbox.files import Files, HostFiles
 from sandbox.link import GRACE_S, Answer, Link, OnOutput
 from sandbox.look import MAX_BYTES as MAX_LOOK
 from sandbox.look import Look, Shell, inside, read_look
@@ -37,7 +39,7 @@ from sandbox.output import text_of
 from sandbox.spec import MB, Isolation, Limits, SandboxSpec
 from sandbox.store import Store
 from sandbox.tree import HostTree, Tree
-from sandbox.workspace import Workspace, remove_tree, split_path
+from sandbox.workspace import remove_tree, split_path
 
 log = logging.getLogger("sandbox")
 
@@ -73,7 +75,7 @@ class Box:
     def __init__(
         self,
         info: SandboxInfo,
-        workspace: Workspace,
+        workspace: Files,
         link: Link,
         *,
         close: Callable[[], Awaitable[None]],
@@ -122,7 +124,7 @@ class Box:
             "op": "exec",
             "argv": argv,
             "env": {**self._env, **request.env},
-            "cwd": self._cwd(request.cwd),
+            "cwd": await self._cwd(request.cwd),
             "timeout": request.timeout_s,
             "keep": request.output_bytes or self.info.spec.limits.output_bytes,
         }
@@ -136,7 +138,7 @@ class Box:
             "op": "open",
             "session": name,
             "env": {**self._env, **request.env},
-            "cwd": self._cwd(request.cwd),
+            "cwd": await self._cwd(request.cwd),
             "prelude": self._prelude,
             "keep": self.info.spec.limits.output_bytes,
         }
@@ -239,8 +241,8 @@ class Box:
         async with self._freezing:
             await self._close()
 
-    def _cwd(self, path: str) -> str:
-        self.workspace.directory(path)
+    async def _cwd(self, path: str) -> str:
+        await self.workspace.check_directory(path)
         return "/".join([self._root, *split_path(path)])
 
     async def _call(
@@ -304,16 +306,26 @@ class Backend(Protocol):
         """Facts for the service's health answer."""
 
 
+# What the agent imports of this package, beside its own; the last three only to move files.
+_MODULES = ("__init__", "protocol", "output", "errors", "workspace", "archive")
+
+
+def agent_code() -> dict[str, str]:
+    """The agent's files, by path: the package as far as it needs it."""
+    source = resources.files("sandbox")
+    code = {f"sandbox/{name}.py": (source / f"{name}.py").read_text() for name in _MODULES}
+    for file in (source / "agent").iterdir():
+        if file.name.endswith(".py"):
+            code[f"sandbox/agent/{file.name}"] = file.read_text()
+    return code
+
+
 def install_agent(directory: Path) -> None:
     """Copies the agent's code to where sandboxes can read it."""
     package = directory / "sandbox"
     (package / "agent").mkdir(parents=True)
-    source = resources.files("sandbox")
-    for name in ("__init__.py", "protocol.py", "output.py"):
-        (package / name).write_text((source / name).read_text())
-    for file in (source / "agent").iterdir():
-        if file.name.endswith(".py"):
-            (package / "agent" / file.name).write_text(file.read_text())
+    for path, text in agent_code().items():
+        (directory / path).write_text(text)
     shutil.copyfile(package / "agent/__main__.py", directory / "__main__.py")
     # For interpreters of this version; others compile it at every start.
     compileall.compile_dir(directory, quiet=2)
@@ -324,25 +336,31 @@ def install_agent(directory: Path) -> None:
 
 
 def agent_arguments(
-    python: Sequence[str], line: str, info: SandboxInfo, *, durable: bool
+    python: Sequence[str],
+    line: str,
+    info: SandboxInfo,
+    *,
+    durable: bool,
+    patience_s: float = 0.0,
 ) -> list[str]:
     """The command line of the agent.
 
     Args:
         python: The interpreter and its program, the agent.
-        line: Directory of the service's socket, as the agent sees it.
+        line: Directory of the service's socket, as the agent sees it; none, and a bridge comes.
         info: The sandbox.
         durable: Whether it outlives its service.
+        patience_s: Seconds that one which does not waits for a line that broke.
     """
     lifetime_s = info.spec.lifetime_s + _LATE_S
     relay = [str(RELAY_PORT)] if info.spec.egress is not None else []
-    return [*python, line, repr(lifetime_s), repr(lifetime_s if durable else 0.0), *relay]
+    return [*python, line, repr(lifetime_s), repr(lifetime_s if durable else patience_s), *relay]
 
 
-def open_link(directory: Path, spec: SandboxSpec, owner: int | None) -> Link:
+def open_link(directory: Path, spec: SandboxSpec, owner: int | None) -> DialledLink:
     """The line to the agent of the sandbox with this directory."""
     max_payload = max(2 * spec.limits.output_bytes, MAX_LOOK)
-    return Link(directory / "line", owner=owner, max_payload=max_payload)
+    return DialledLink(directory / "line", owner=owner, max_payload=max_payload)
 
 
 def open_tree(directory: Path, limits: Limits, owner: int | None) -> HostTree:
@@ -355,9 +373,9 @@ def open_tree(directory: Path, limits: Limits, owner: int | None) -> HostTree:
     )
 
 
-def open_workspace(directory: Path, spec: SandboxSpec, owner: int | None) -> Workspace:
+def open_workspace(directory: Path, spec: SandboxSpec, owner: int | None) -> HostFiles:
     """The workspace of the sandbox with this directory."""
-    return Workspace(directory / "data/workspace", owner=owner, max_bytes=spec.limits.files_mb * MB)
+    return HostFiles(directory / "data/workspace", owner=owner, max_bytes=spec.limits.files_mb * MB)
 
 
 def shm_bytes(limits: Limits) -> int:
@@ -386,7 +404,7 @@ async def clear(directory: Path, store: Store) -> None:
 
 
 async def await_agent(
-    link: Link,
+    link: DialledLink,
     pid: int,
     is_agent: Callable[[int], bool],
     freezer: Freezer | None,

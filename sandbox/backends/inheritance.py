@@ -39,6 +39,7 @@ async def inherit(
     durable: bool,
     adopt: Callable[[Path, owner.Record], Awaitable[Box]],
     reap: Callable[[Path, owner.Record | None], Awaitable[None]],
+    lives: Callable[[Path, owner.Record], bool] = lambda _, record: record.is_alive,
 ) -> Inheritance:
     """Visits every dead service of a state directory.
 
@@ -51,6 +52,7 @@ async def inherit(
         durable: Whether the service that asks is.
         adopt: Attaches to a living sandbox; a `SandboxError` says that it cannot be had.
         reap: Ends a sandbox and removes its directory.
+        lives: Whether a sandbox still runs; by default, whether its process does.
     """
     found = Inheritance()
 
@@ -75,7 +77,7 @@ async def inherit(
         for directory in owner.box_directories(own):
             record = store.read(directory.name)
             unclaimed = store.is_waiting(directory.name)
-            if not (kept and record is not None and record.is_alive) or unclaimed:
+            if not (kept and record is not None and lives(directory, record)) or unclaimed:
                 log.info("reaping sandbox %s of a dead service", directory.name)
                 await end(directory, record)
                 continue

@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import Any
 
 from sandbox.backends.base import LINE_DIR, Box
+from sandbox.dialled import DialledLink, listen
 from sandbox.egress import engine_path, install
 from sandbox.egress.settings import CERTIFICATE, EgressSettings
 from sandbox.errors import SandboxEgressDown, SandboxRefused
-from sandbox.link import listen
 from sandbox.spec import Isolation, SandboxSpec
 
 log = logging.getLogger("sandbox")
@@ -132,7 +132,8 @@ class EgressProxy:
         egress = box.info.spec.egress
         assert egress is not None
         box.env = self._settings.environment(egress, LINE_DIR)
-        listener = listen(box.link.directory, _SOCKET, box.link.owner)
+        line = _line(box)
+        listener = listen(line.directory, _SOCKET, line.owner)
         way_out = self._exits[box.info.id] = _Exit(box, dataclasses.asdict(egress), listener)
         await self.ready()
         if not way_out.is_open:
@@ -218,7 +219,7 @@ class EgressProxy:
                 log.warning("sandbox %s: %s", way_out.box.info.id, error)
 
     async def _open(self, way_out: _Exit) -> None:
-        certificate = way_out.box.link.directory / CERTIFICATE
+        certificate = _line(way_out.box).directory / CERTIFICATE
         certificate.write_text(self._certificate)
         certificate.chmod(0o644)
         order = {"do": "open", "sandbox": way_out.box.info.id, "policy": way_out.policy}
@@ -296,3 +297,9 @@ async def _send(sock: socket.socket, line: bytes, passed: socket.socket | None) 
         except BlockingIOError:
             await asyncio.sleep(0.01)
     await loop.sock_sendall(sock, line[sent:])
+
+
+def _line(box: Box) -> DialledLink:
+    """The line of a sandbox of this host; backends of other hosts refuse egress."""
+    assert isinstance(box.link, DialledLink)
+    return box.link

@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import kubernetes_cluster
 import pytest
 from sandbox_helpers import OTHER_BACKEND, Service, make_backend, open_directory, require
 
 from sandbox.service import embedded
+
+# What it needs takes too long to build in CI.
+collect_ignore = [] if kubernetes_cluster.is_available() else ["test_sandbox_kubernetes.py"]
 
 
 @pytest.fixture(

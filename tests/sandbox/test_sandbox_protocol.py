@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from sandbox.agent.results import Results
 from sandbox.api import ExecRequest, SandboxInfo
 from sandbox.backends.base import Box
+from sandbox.dialled import DialledLink
 from sandbox.errors import SandboxError, SandboxGone, SandboxLost, SandboxRefused
-from sandbox.link import Link
 from sandbox.protocol import MAX_HEADER, Decoder, ProtocolError, encode
 from sandbox.spec import SandboxSpec
 from sandbox.workspace import Workspace
@@ -72,8 +72,8 @@ class _Agent:
                 return header
 
 
-async def _line(directory: Path) -> tuple[Link, _Agent]:
-    link = Link(directory, owner=None, max_payload=1000)
+async def _line(directory: Path) -> tuple[DialledLink, _Agent]:
+    link = DialledLink(directory, owner=None, max_payload=1000)
     agent = _Agent(directory)
     await agent.send(encode({"hello": 1}))
     await link.connected(lambda pid: pid == os.getpid())

@@ -270,7 +270,7 @@ class SandboxConfig(Section):
     install-egress
     """
 
-    backend: Literal["local", "docker"]
+    backend: Literal["local", "docker", "kubernetes"]
     """What sandboxes are made of."""
     isolation: Literal["auto", "bubblewrap", "none"]
     """Of the local backend; auto is bubblewrap, none runs commands as plain processes."""
@@ -309,6 +309,14 @@ class SandboxConfig(Section):
     """Of image build research: packages to leave out."""
     force: bool
     """Of image build: build also what is there already."""
+    namespace: str = "klong-sandbox"
+    """Of the kubernetes backend: where its pods are."""
+    runtime_class: str | None = None
+    """Of the kubernetes backend: RuntimeClass of the pods, such as gVisor's or Kata's; null is the
+    cluster's default."""
+    kubeconfig: str | None = None
+    """Of the kubernetes backend: the file that says how to reach the cluster; null is the pod's
+    own account inside one, elsewhere the usual file."""
 
 
 class BenchConfig(Section):
