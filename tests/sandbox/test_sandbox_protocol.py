@@ -18,9 +18,9 @@ from sandbox.api import ExecRequest, SandboxInfo
 from sandbox.backends.base import Box
 from sandbox.dialled import DialledLink
 from sandbox.errors import SandboxError, SandboxGone, SandboxLost, SandboxRefused
+from sandbox.files import HostFiles
 from sandbox.protocol import MAX_HEADER, Decoder, ProtocolError, encode
 from sandbox.spec import SandboxSpec
-from sandbox.workspace import Workspace
 
 _HEADERS = st.dictionaries(st.text(), st.none() | st.integers() | st.text() | st.lists(st.text()))
 
@@ -165,7 +165,7 @@ def test_whatever_an_agent_says_is_a_result_or_an_error(
         asyncio.get_running_loop().set_exception_handler(lambda _, told: strange.append(told))
         link, agent = await _line(directory)
         info = SandboxInfo("sb-12345678", "local", "none", 0.0, 1.0, SandboxSpec())
-        workspace = Workspace(directory, owner=None, max_bytes=1)
+        workspace = HostFiles(directory, owner=None, max_bytes=1)
         box = Box(info, workspace, link, close=lambda: asyncio.sleep(0))
         request = ExecRequest("true", operation=_OPERATION)
         asked = asyncio.create_task(box.exec(request, lambda _name, _data: None))
