@@ -46,6 +46,20 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{text} is below 0")
+    return number
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 < seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is no number of seconds above 0")
+    return seconds
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m sandbox", description="The sandbox service.")
     actions = parser.add_subparsers(dest="action", required=True)
@@ -66,10 +80,10 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--port", type=int, default=8700, help="0 takes a free port")
     run.add_argument("--state-dir", type=Path, help="where workspaces live")
     run.add_argument(
-        "--pool", type=int, default=0, help="sandboxes kept ready, of the kinds asked for last"
+        "--pool", type=_count, default=0, help="sandboxes kept ready, of the kinds asked for last"
     )
     run.add_argument(
-        "--pool-idle", type=float, default=600.0, metavar="S", help="seconds one is kept ready"
+        "--pool-idle", type=_seconds, default=600.0, metavar="S", help="seconds one is kept ready"
     )
     run.add_argument(
         "--egress", type=Path, metavar="FILE", help="JSON: how sandboxes reach the network"
@@ -92,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     execute = actions.add_parser("exec", parents=[service], help="run a command in a sandbox")
     execute.add_argument("id")
     execute.add_argument("command", help="shell text, one word")
-    execute.add_argument("--timeout", type=float, default=60.0, metavar="S")
+    execute.add_argument("--timeout", type=_seconds, default=60.0, metavar="S")
     logs = actions.add_parser("logs", parents=[service], help="what was done to a sandbox")
     logs.add_argument("id")
     remove = actions.add_parser("rm", parents=[service], help="remove sandboxes")

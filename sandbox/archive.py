@@ -12,6 +12,10 @@ from sandbox.workspace import Workspace, split_path
 
 _OPEN = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
+_MAX_DEPTH = 100
+# What the headers of a small tree may take over its limit.
+_SLACK = 1 << 20
+
 
 def pack(workspace: Workspace, out: BinaryIO) -> None:
     """Writes the tree to `out`: names sorted, times and owners zero, permission bits kept.
@@ -26,15 +30,19 @@ def pack(workspace: Workspace, out: BinaryIO) -> None:
     with tarfile.open(fileobj=out, mode="w", format=tarfile.GNU_FORMAT) as tar:
         root = os.open(workspace.root, _OPEN | os.O_DIRECTORY)
         try:
-            _pack_directory(tar, root, "", workspace.max_bytes)
+            _pack_directory(tar, root, "", 0, workspace.max_bytes)
         finally:
             os.close(root)
 
 
-def _pack_directory(tar: tarfile.TarFile, directory: int, prefix: str, max_bytes: int) -> None:
+def _pack_directory(
+    tar: tarfile.TarFile, directory: int, prefix: str, depth: int, max_bytes: int
+) -> None:
+    if depth > _MAX_DEPTH:
+        raise SandboxTooLarge(f"path {prefix[:100]!r}... is over {_MAX_DEPTH} directories deep.")
     for name in sorted(os.listdir(directory)):
         try:
-            _pack_entry(tar, directory, prefix, name, max_bytes)
+            _pack_entry(tar, directory, prefix, name, depth, max_bytes)
         except FileNotFoundError:
             continue  # Removed since it was listed.
         except OSError as error:
@@ -44,8 +52,11 @@ def _pack_directory(tar: tarfile.TarFile, directory: int, prefix: str, max_bytes
 
 
 def _pack_entry(
-    tar: tarfile.TarFile, directory: int, prefix: str, name: str, max_bytes: int
+    tar: tarfile.TarFile, directory: int, prefix: str, name: str, depth: int, max_bytes: int
 ) -> None:
+    # Directories and links have no bytes of their own, but take room in the tar.
+    if tar.offset > 2 * max_bytes + _SLACK:
+        raise SandboxTooLarge(f"the workspace is over the limit of {max_bytes} bytes.")
     member = tarfile.TarInfo(prefix + name)
     mode = os.stat(name, dir_fd=directory, follow_symlinks=False).st_mode
     if stat.S_ISLNK(mode):
@@ -57,7 +68,7 @@ def _pack_entry(
         try:
             member.type, member.mode = tarfile.DIRTYPE, stat.S_IMODE(mode) & 0o777
             tar.addfile(member)
-            _pack_directory(tar, fd, f"{prefix}{name}/", max_bytes)
+            _pack_directory(tar, fd, f"{prefix}{name}/", depth + 1, max_bytes)
         finally:
             os.close(fd)
     elif stat.S_ISREG(mode):

@@ -168,7 +168,7 @@ class SandboxClient:
     async def usage(self) -> dict[str, dict[str, Any]]:
         """What each sandbox takes of the service's host now, by id.
 
-        A `state` (idle, busy or lost), `processes`, and their `memory_bytes`.
+        A `state` (idle, busy, paused or lost), `processes`, and their `memory_bytes`.
         """
         answer: dict[str, dict[str, Any]] = json.loads(await self._request("GET", "/usage"))
         return answer["usage"]

@@ -19,6 +19,9 @@ log = logging.getLogger("sandbox")
 # What an agent that lives has to dial again after its connection broke.
 _REDIAL_S = 2.0
 
+# The longest that nobody is heard after connections that were refused; the agent waits as long.
+_MAX_REST_S = 0.25
+
 _CREDENTIALS = struct.Struct("3i")
 
 
@@ -37,7 +40,8 @@ class DialledLink(Link):
         self._is_agent: Callable[[int], bool] | None = None
         self.directory, self.owner = directory, owner
         self._listener = listen(directory, "agent.sock", owner)
-        self._server: asyncio.Server | None = None
+        self._refused = 0
+        self._pause: asyncio.TimerHandle | None = None
         self.standstill = Standstill(directory)
 
     async def listen(self, is_agent: Callable[[int], bool]) -> None:
@@ -46,36 +50,47 @@ class DialledLink(Link):
         Args:
             is_agent: Whether a process, by its id on this host, is the agent.
         """
-        loop = asyncio.get_running_loop()
         self._is_agent = is_agent
-        self._server = await loop.create_unix_server(lambda: _Wire(self), sock=self._listener)
-
-    async def connected(self, is_agent: Callable[[int], bool]) -> None:
-        """Waits for the agent.
-
-        Args:
-            is_agent: As in `listen`.
-
-        Raises:
-            SandboxError: it ended first.
-        """
-        await self.listen(is_agent)
-        await self.dialled()
+        self._listen_on()
 
     def fail(self, error: SandboxError) -> None:
         """Ends the line, and the listening."""
         super().fail(error)
-        (self._server or self._listener).close()
+        if self._pause is not None:
+            self._pause.cancel()
+        if self._listener.fileno() >= 0:
+            asyncio.get_running_loop().remove_reader(self._listener)
+            self._listener.close()
 
-    def accept(self, wire: _Wire) -> bool:
-        """Whether a new connection is the agent's; it then replaces the last."""
-        pid = wire.peer()
-        if self.is_lost or self._is_agent is None or not self._is_agent(pid):
-            log.warning("process %d inside a sandbox poses as its agent; refused", pid)
-            return False
+    def _listen_on(self) -> None:
+        asyncio.get_running_loop().add_reader(self._listener, self._accept)
+
+    def _accept(self) -> None:
+        """Takes a connection, if it is the agent's: it then replaces the last."""
+        try:
+            sock, _ = self._listener.accept()
+        except OSError as error:
+            if not isinstance(error, BlockingIOError):
+                self._rest(f"cannot be taken: {error.strerror}")
+            return
+        pid = _peer(sock)
+        if self._is_agent is None or not self._is_agent(pid):
+            sock.close()
+            self._rest(f"is refused: process {pid} poses as the agent")
+            return
         self.agent_pid = pid
-        self.attach(wire)
-        return True
+        sock.setblocking(False)
+        loop = asyncio.get_running_loop()
+        self._taking = loop.create_task(loop.connect_accepted_socket(lambda: _Wire(self), sock))
+
+    def _rest(self, why: str) -> None:
+        """Listens to nobody for a while: whoever knocks without end is not to cost the service."""
+        if self._refused == 0:
+            log.warning("a connection to %s %s", self.directory, why)
+        self._refused += 1
+        loop = asyncio.get_running_loop()
+        loop.remove_reader(self._listener)
+        self._pause = loop.call_later(min(0.01 * self._refused, _MAX_REST_S), self._listen_on)
 
 
 class _Wire(asyncio.Protocol):
@@ -89,14 +104,10 @@ class _Wire(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
-        if not self._link.accept(self):
+        if self._link.is_lost:
             transport.abort()
-
-    def peer(self) -> int:
-        """The process at the other end, by its id on this host."""
-        sock = self._transport.get_extra_info("socket")
-        given = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-        return int(_CREDENTIALS.unpack(given)[0])
+        else:
+            self._link.attach(self)
 
     def write(self, frame: bytes) -> None:
         """Sends the bytes of a frame."""
@@ -111,6 +122,12 @@ class _Wire(asyncio.Protocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         self._link.lost(self)
+
+
+def _peer(sock: socket.socket) -> int:
+    """The process at the other end, by its id on this host."""
+    given = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    return int(_CREDENTIALS.unpack(given)[0])
 
 
 def listen(directory: Path, name: str, owner: int | None) -> socket.socket:

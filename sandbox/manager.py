@@ -162,6 +162,9 @@ class Manager:
             raise SandboxRefused(f"there is a sandbox {sandbox_id} already; choose another id.")
         self._creating.add(sandbox_id)
         try:
+            if (undoing := self._closing.get(sandbox_id)) is not None:
+                # Its caller asks again, after the connection broke.
+                await asyncio.wait([undoing])
             await self.checkpoints.check(spec)
             return await self._create(sandbox_id, spec)
         finally:
@@ -323,7 +326,10 @@ class Manager:
         try:
             if entry.info.spec.egress is not None:
                 # Without its proxy a command fails by no fault of its own.
-                await self.egress.ready()
+                await self.egress.ready_for(sandbox_id)
+                if kind != "check":
+                    # The work may have ended meanwhile.
+                    entry.gate.admit_work()
             with self._use(entry):
                 result = await work()
         except SandboxError as error:
@@ -405,10 +411,16 @@ class Manager:
     async def _resume(self, entry: _Entry) -> SandboxInfo:
         async with entry.turn:
             if entry.info.paused_at is not None:
+                paused_at, look = entry.info.paused_at, entry.look
                 # Before it runs: another service must know that it is meant to.
                 self._note_paused(entry, None)
                 entry.look = None
-                await entry.box.thaw()
+                try:
+                    await entry.box.thaw()
+                except BaseException:
+                    entry.look = look
+                    self._note_paused(entry, paused_at)
+                    raise
                 self._record(entry.info.id, "resume")
             return entry.info
 
@@ -561,8 +573,9 @@ class Manager:
     async def _undo(self, sandbox_id: str, creation: asyncio.Future[Box]) -> None:
         try:
             box = await creation
+            await self.egress.detach(sandbox_id)
             await box.close()
-        except (SandboxError, OSError):
+        except (SandboxError, OSError, RuntimeError):
             log.exception("sandbox %s, whose caller went away, was not undone", sandbox_id)
         finally:
             self._closing.pop(sandbox_id, None)
@@ -571,7 +584,7 @@ class Manager:
         try:
             await self.egress.detach(entry.info.id)
             await entry.box.close()
-        except (SandboxError, OSError):
+        except (SandboxError, OSError, RuntimeError):
             log.exception("sandbox %s could not be removed wholly", entry.info.id)
             raise
         finally:

@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractContextManager
 from io import BytesIO
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, ParamSpec
 
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
@@ -42,6 +42,8 @@ from sandbox.manager import Manager
 from sandbox.spec import Gates, SandboxSpec
 
 log = logging.getLogger("sandbox")
+
+P = ParamSpec("P")
 
 _CHUNK = 1 << 18
 _MAX_JSON = 16_000_000
@@ -102,7 +104,6 @@ def create_app(
             web.post(f"{box}/resume", _resume),
             web.post(f"{box}/snapshots", _snapshot),
             web.get("/snapshots", _snapshots),
-            web.get("/snapshots/{digest}", _show_snapshot),
             web.delete("/snapshots/{digest}", _delete_snapshot),
             web.get(f"{box}/files", _read),
             web.put(f"{box}/files", _write),
@@ -326,11 +327,6 @@ async def _snapshots(request: web.Request) -> web.Response:
     return web.json_response({"snapshots": [to_json(info) for info in found]})
 
 
-async def _show_snapshot(request: web.Request) -> web.Response:
-    stored, digest = request.app[_MANAGER].checkpoints.stored, request.match_info["digest"]
-    return web.json_response(to_json(await asyncio.to_thread(stored.info, digest)))
-
-
 async def _delete_snapshot(request: web.Request) -> web.Response:
     stored, digest = request.app[_MANAGER].checkpoints.stored, request.match_info["digest"]
     await asyncio.to_thread(stored.delete, digest)
@@ -370,7 +366,7 @@ async def _write(request: web.Request) -> web.Response:
         _workspace(request, "write", path, writes=True) as workspace,
         await _body(request, workspace.max_bytes) as body,
     ):
-        await asyncio.to_thread(workspace.write, path, body)
+        await _to_its_end(workspace.write, path, body)
     return web.json_response({})
 
 
@@ -379,7 +375,7 @@ async def _upload(request: web.Request) -> web.Response:
         _workspace(request, "upload", writes=True) as workspace,
         await _body(request, workspace.max_bytes) as body,
     ):
-        await asyncio.to_thread(workspace.unpack, body)
+        await _to_its_end(workspace.unpack, body)
     return web.json_response({})
 
 
@@ -396,6 +392,16 @@ async def _download(request: web.Request) -> web.StreamResponse:
             await response.write(chunk)
         await response.write_eof()
         return response
+
+
+async def _to_its_end(write: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> None:
+    """Writes in a thread; if the caller goes away, it is still writing until this ends."""
+    writing = asyncio.ensure_future(asyncio.to_thread(write, *args, **kwargs))
+    try:
+        await asyncio.shield(writing)
+    except asyncio.CancelledError:
+        await asyncio.wait([writing])
+        raise
 
 
 async def _body(request: web.Request, limit: int) -> BinaryIO:

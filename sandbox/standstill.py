@@ -29,7 +29,7 @@ class Standstill:
         if not self._path.exists():
             self._path.write_text(_text(0.0))
             self._path.chmod(0o644)
-        self._before = float(self._path.read_text())
+        self._before = float(self._path.read_text() or 0)
         with suppress(FileNotFoundError):
             # By the kernel's clock, which all processes of the host share.
             began, before = self._since.read_text().split()

@@ -128,9 +128,12 @@ class Store:
         with self._transaction():
             for each in self._to_forget:
                 self._execute(
+                    # Not those of another that has taken the place of one that waited.
                     "DELETE FROM gates WHERE sandbox = "
-                    "(SELECT json_extract(info, '$.id') FROM sandboxes WHERE box = ?)",
-                    (each,),
+                    "(SELECT json_extract(info, '$.id') FROM sandboxes WHERE box = ?) "
+                    "AND NOT EXISTS (SELECT 1 FROM sandboxes "
+                    "WHERE box != ? AND json_extract(info, '$.id') = gates.sandbox)",
+                    (each, each),
                 )
                 for table in ("sandboxes", "waiting", "lifetimes"):
                     self._execute(f"DELETE FROM {table} WHERE box = ?", (each,))

@@ -13,7 +13,8 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -184,19 +185,52 @@ def _refusals(path: str) -> Iterator[None]:
 
 
 def remove_tree(root: Path) -> None:
-    """Removes a directory tree, also one whose own permission bits forbid it."""
+    """Removes a directory tree, however deep, also one whose own permission bits forbid it.
 
-    def unlock(_function: Callable[..., object], path: str, error: object) -> None:
-        # Only the owner of a directory can have locked this process out of it.
-        if isinstance(error, tuple) and issubclass(error[0], FileNotFoundError):
-            return
-        for directory in (os.path.dirname(path), path):
-            if os.path.isdir(directory) and not os.path.islink(directory):
-                os.chmod(directory, 0o700)
-        if os.path.isdir(path) and not os.path.islink(path):
-            shutil.rmtree(path)
-        else:
-            os.unlink(path)
+    Directories move to the top before they are emptied: no path grows long, and no link is
+    followed.
+    """
+    with suppress(FileNotFoundError):
+        top = _unlocked(os.fspath(root), None)
+        try:
+            while names := os.listdir(top):
+                for name in names:
+                    with suppress(FileNotFoundError):
+                        if _is_directory(name, top):
+                            _flatten(name, top)
+                        else:
+                            os.unlink(name, dir_fd=top)
+        finally:
+            os.close(top)
+        os.rmdir(root)
 
-    if root.exists():
-        shutil.rmtree(root, onerror=unlock)
+
+def _flatten(name: str, top: int) -> None:
+    """Removes a directory of `top`, and moves those in it there."""
+    directory = _unlocked(name, top)
+    try:
+        for each in os.listdir(directory):
+            if _is_directory(each, directory):
+                # One that may not be written to may not be moved.
+                os.close(_unlocked(each, directory))
+                moved = f".{secrets.token_hex(8)}"
+                os.rename(each, moved, src_dir_fd=directory, dst_dir_fd=top)
+            else:
+                os.unlink(each, dir_fd=directory)
+    finally:
+        os.close(directory)
+    os.rmdir(name, dir_fd=top)
+
+
+def _is_directory(name: str, parent: int) -> bool:
+    return stat.S_ISDIR(os.stat(name, dir_fd=parent, follow_symlinks=False).st_mode)
+
+
+def _unlocked(name: str, parent: int | None) -> int:
+    """Opens a directory, whatever its permission bits were."""
+    place = os.open(name, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
+    try:
+        os.chmod(f"/proc/self/fd/{place}", 0o700)
+        return os.open(".", _DIR, dir_fd=place)
+    finally:
+        os.close(place)

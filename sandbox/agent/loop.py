@@ -15,6 +15,7 @@ READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 Callback = Callable[[], object]
 
 _READ_AT_ONCE = 1 << 18
+_MAX_PAUSE_S = 86_400.0
 
 
 class Timer:
@@ -50,7 +51,7 @@ class Loop:
             # The service may be slower to make it than the agent to start; some make none.
             with suppress(FileNotFoundError):
                 self._frozen_fd = os.open(self._frozen_path, os.O_RDONLY | os.O_CLOEXEC)
-        return 0.0 if self._frozen_fd is None else float(os.pread(self._frozen_fd, 64, 0))
+        return 0.0 if self._frozen_fd is None else float(os.pread(self._frozen_fd, 64, 0) or 0)
 
     def watch(self, fd: int, callback: Callback, events: int = READ) -> None:
         """Calls back whenever a descriptor is ready; replaces an earlier watch of it."""
@@ -92,7 +93,9 @@ class Loop:
     def _pause(self) -> float | None:
         while self._timers and self._timers[0][2].callback is None:
             heapq.heappop(self._timers)
-        return max(0.0, self._timers[0][0] - time.monotonic()) if self._timers else None
+        # The kernel refuses to wait for more than 24 days.
+        left_s = self._timers[0][0] - time.monotonic() if self._timers else None
+        return None if left_s is None else min(max(0.0, left_s), _MAX_PAUSE_S)
 
 
 def read_some(fd: int) -> bytes | None:

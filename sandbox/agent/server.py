@@ -60,6 +60,7 @@ class Server:
         # What runs, by operation id: how to cancel it.
         self._running: dict[str, Callable[[], None]] = {}
         self._cancelled: set[str] = set()
+        self._halts: set[str] = set()
         self._sessions: dict[str, Session] = {}
         self._operations: dict[str, Callable[[str, Header, bytes], None]] = {
             "exec": self._exec,
@@ -363,11 +364,14 @@ class Server:
         for stop in list(self._running.values()):
             stop()
         self._running[operation] = lambda: None
+        # Others wait as this one does.
+        self._halts.add(operation)
 
         def wait() -> None:
-            alone = self._running.keys() <= {operation}
+            alone = self._running.keys() <= self._halts
             if alone and all(session.over for session in self._sessions.values()):
                 self._answer(operation, {})
+                self._halts.discard(operation)
             else:
                 self._loop.later(_HALT_S, wait)
 

@@ -161,7 +161,8 @@ class Session:
             line = self._status_line.split()[-1:]
             self._status_line = b""
             if self.busy:
-                self._tell(int(line[0]) if line and line[0].isdigit() else None)
+                status = int(line[0]) if line and line[0].isdigit() else 256
+                self._tell(status if status < 256 else None)
 
     def _take_told(self, data: bytes) -> bytes:
         """Takes what belongs to the answer to `tell`; returns what follows it."""

@@ -187,8 +187,8 @@ class Box:
         """
         if self.freezer is None:
             raise SandboxRefused(
-                "pause: this service cannot stop a sandbox; it takes control groups, which a "
-                "service that is not root may lack (see `limits` of /health)."
+                "pause: this service cannot stop a sandbox; it takes Docker, or control groups of "
+                "this host, which a service that is not root may lack (see `limits` of /health)."
             )
         async with self._freezing:
             gone = SandboxGone(f"sandbox {self.info.id} was closed meanwhile.")
@@ -213,7 +213,13 @@ class Box:
             if self._holds > 0 or self.is_closed or self.freezer is None:
                 return
             self.link.release()
-            await self.freezer.thaw()
+            try:
+                await self.freezer.thaw()
+            except BaseException:
+                # It stands still yet.
+                self._holds += 1
+                self.link.hold()
+                raise
         try:
             async with asyncio.timeout(GRACE_S):
                 await self.link.dialled()

@@ -101,14 +101,6 @@ class Cgroups:
                     (directory / name).write_text(value)
         return [directory / "cgroup.procs" for directory in self._directories(sandbox_id)]
 
-    def pids(self, sandbox_id: str) -> set[int]:
-        """The processes in a sandbox's group."""
-        found: set[int] = set()
-        for directory in self._directories(sandbox_id):
-            with suppress(FileNotFoundError):
-                found.update(int(pid) for pid in (directory / "cgroup.procs").read_text().split())
-        return found
-
     async def remove(self, sandbox_id: str) -> None:
         """Removes a sandbox's group, whose processes were killed; waits until they are reaped."""
         for directory in self._directories(sandbox_id):

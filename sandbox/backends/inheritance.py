@@ -59,7 +59,7 @@ async def inherit(
     async def end(directory: Path, record: owner.Record | None) -> None:
         try:
             await reap(directory, record)
-        except OSError as error:
+        except (OSError, RuntimeError, SandboxError) as error:
             # That one cannot be cleared away must not keep others from being served.
             log.warning("sandbox %s cannot be removed: %s", directory.name, error)
             return

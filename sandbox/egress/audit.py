@@ -15,6 +15,9 @@ from sandbox.egress.policy import Verdict
 
 # Bytes of one sandbox's file, and how many files are kept: a flood of requests fills no disk.
 _MAX_BYTES, _MAX_FILES = 16_000_000, 2_000
+# Sandboxes that end between two counts of the files.
+_PRUNE_EVERY = 100
+_PRUNE_EVERY = 100
 # Requests of one sandbox that are told to the service one by one; all are counted.
 _MAX_TOLD = 500
 _MAX_TEXT = 2_000
@@ -34,12 +37,11 @@ class Audit:
         directory.mkdir(mode=0o700, exist_ok=True)
         self._directory, self._tell = directory, tell
         self._told: Counter[str] = Counter()
+        self._forgotten = 0
         self._counts: Counter[tuple[str, str]] = Counter()
         self._events: list[dict[str, Any]] = []
         self._flush: asyncio.TimerHandle | None = None
-        files = sorted(directory.iterdir(), key=lambda path: path.stat().st_mtime)
-        for old in files[:-_MAX_FILES]:
-            old.unlink(missing_ok=True)
+        self._prune()
 
     def verdict(self, sandbox: str, verdict: Verdict, method: str, url: str) -> None:
         """Notes a verdict."""
@@ -74,6 +76,14 @@ class Audit:
     def forget(self, sandbox: str) -> None:
         """Stops counting for a sandbox that is no more; its file stays."""
         self._told.pop(sandbox, None)
+        self._forgotten += 1
+        if self._forgotten % _PRUNE_EVERY == 0:
+            self._prune()
+
+    def _prune(self) -> None:
+        files = sorted(self._directory.iterdir(), key=lambda path: path.stat().st_mtime)
+        for old in files[:-_MAX_FILES]:
+            old.unlink(missing_ok=True)
 
     def _send(self) -> None:
         self._flush = None

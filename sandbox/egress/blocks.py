@@ -25,6 +25,11 @@ _GITHUB = (
     "github.dev/{p}",
     "ghcr.io/v2/{p}",
     "cdn.jsdelivr.net/gh/{p}",
+    "cdn.jsdelivr.net/combine",
+    "fastly.jsdelivr.net/gh/{p}",
+    "gcore.jsdelivr.net/gh/{p}",
+    "testingcf.jsdelivr.net/gh/{p}",
+    "quantil.jsdelivr.net/gh/{p}",
     "data.jsdelivr.com/v1/packages/gh/{p}",
     "data.jsdelivr.com/v1/package/gh/{p}",
     "raw.githack.com/{p}",
@@ -96,10 +101,12 @@ class Blocks:
             self._paths.setdefault(prefix.host, []).append(path)
         # As an argument of another site's: an archive of the web, or another's proxy.
         inside = [
-            rf"{re.escape(p.host)}(?::\d+)?{re.escape(p.path).replace('/', '[/:]', 1)}(?![\w-])"
+            rf"{re.escape(p.host)}\.?(?::\d+)?{re.escape(p.path).replace('/', '[/:]', 1)}(?![\w-])"
             for p in given
         ]
         self._inside = re.compile(rf"(?<![\w-])(?:{'|'.join(inside)})") if inside else None
+        hosts = "|".join(re.escape(p.host) for p in given)
+        self._root = re.compile(rf"(?<![\w-])(?:{hosts})\.?(?::\d+)?$")
 
     def cover(self, host: str, read: Iterable[tuple[str, str]]) -> bool:
         """Whether any reading of a URL is blocked.
@@ -112,7 +119,18 @@ class Blocks:
         for path, query in read:
             if any(pattern.match(path) for pattern in patterns):
                 return True
-            text = re.sub(r"/+", "/", f"{path}?{query}")
-            if self._inside is not None and self._inside.search(text):
+            if self._inside is not None and self._inside.search(self._flat(f"{path}?{query}")):
                 return True
         return False
+
+    def _flat(self, text: str) -> str:
+        """A text with the paths of URLs in it as a server resolves them, up to their hosts."""
+        parts: list[str] = []
+        # Go's proxy writes a capital as ! and the small letter.
+        for part in re.split(r"[/\\]+", re.sub(r"[\t\r\n]|!(?=[a-z])", "", text)):
+            if part == "..":
+                if parts and not self._root.search(parts[-1]):
+                    parts.pop()
+            elif part != ".":
+                parts.append(part)
+        return "/".join(parts)

@@ -10,6 +10,14 @@ from collections.abc import Mapping
 Hosts = Mapping[str, tuple[str, int | None]]
 
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
+# Held to be global, but they are the clouds' own (metadata of Azure, of Oracle), or ways to
+# say an IPv4 address.
+_LOCAL = (
+    ipaddress.IPv4Network("168.63.129.16/32"),
+    ipaddress.IPv4Network("192.0.0.0/24"),
+    ipaddress.IPv6Network("::/96"),
+    ipaddress.IPv6Network("64:ff9b:1::/48"),
+)
 
 
 class PrivateAddress(Exception):
@@ -49,4 +57,6 @@ def is_public(address: str) -> bool:
             inner = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
         if inner and not inner.is_global:
             return False
+    if any(ip in network for network in _LOCAL if network.version == ip.version):
+        return False
     return ip.is_global and not ip.is_multicast

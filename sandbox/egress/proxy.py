@@ -110,6 +110,8 @@ class EgressProxy:
             raise SandboxRefused(
                 "egress: plain processes have the host's network; serve with isolation."
             )
+        if isolation == "kubernetes":
+            raise SandboxRefused("egress: the proxy does not reach pods; ask for none.")
         await self.ready()
 
     async def ready(self) -> None:
@@ -123,6 +125,17 @@ class EgressProxy:
                 if self._engine is None:
                     await self._start(self._directory())
 
+    async def ready_for(self, sandbox_id: str) -> None:
+        """Starts the engine if none runs, and opens a sandbox's way out if it is shut.
+
+        Raises:
+            SandboxEgressDown: either fails.
+        """
+        await self.ready()
+        way_out = self._exits.get(sandbox_id)
+        if way_out is not None and not way_out.is_open:
+            await self._open(way_out)
+
     async def attach(self, box: Box) -> None:
         """Lets a sandbox out, now or once there is an engine, and tells its commands how.
 
@@ -134,10 +147,8 @@ class EgressProxy:
         box.env = self._settings.environment(egress, LINE_DIR)
         line = _line(box)
         listener = listen(line.directory, _SOCKET, line.owner)
-        way_out = self._exits[box.info.id] = _Exit(box, dataclasses.asdict(egress), listener)
-        await self.ready()
-        if not way_out.is_open:
-            await self._open(way_out)
+        self._exits[box.info.id] = _Exit(box, dataclasses.asdict(egress), listener)
+        await self.ready_for(box.info.id)
 
     async def detach(self, sandbox_id: str) -> None:
         """Ends what a sandbox has outside; one that has nothing is no error."""
@@ -220,8 +231,11 @@ class EgressProxy:
 
     async def _open(self, way_out: _Exit) -> None:
         certificate = _line(way_out.box).directory / CERTIFICATE
-        certificate.write_text(self._certificate)
-        certificate.chmod(0o644)
+        try:
+            certificate.write_text(self._certificate)
+            certificate.chmod(0o644)
+        except OSError as error:
+            raise SandboxEgressDown(f"egress: {certificate}: {error.strerror}.") from None
         order = {"do": "open", "sandbox": way_out.box.info.id, "policy": way_out.policy}
         await self._order(order, way_out.listener)
         way_out.is_open = True

@@ -28,7 +28,7 @@ def test_sandboxes_are_listed_used_told_of_and_removed(
             status, out, _ = ask("ps")
             assert status == 0
             row = next(line for line in out.splitlines() if line.startswith(box.id)).split()
-            assert (row[1] == "idle" and row[2:4] == ["0", "s"]) or row[2:4] == ["1", "s"]
+            assert row[1] == "idle" and int(row[2]) < 60 and row[3] == "s"
             assert row[4:6] == ["24", "h"] and int(row[6]) >= 1
             assert 1 < float(row[7]) < 60 and row[8] == "MB" and row[-1] == "task=t"
 
@@ -108,9 +108,8 @@ def test_metrics_count_what_happened(state_dir: Path) -> None:
     assert values["creation_seconds_count", "pool"] == 1
     assert values["command_seconds_count", "exec"] == 2
     assert values["command_seconds_count", "run"] == 1
-    assert (
-        values["command_seconds_sum", "exec"] > 0.2 > values["command_overhead_seconds_sum", "exec"]
-    )
+    in_all, around = (values[f"command{what}_seconds_sum", "exec"] for what in ("", "_overhead"))
+    assert in_all - around >= 0.2 and around > 0
     assert values["rejections_total", "refused"] == 1
     assert values["rejections_total", "unauthorised"] == 1
     assert values["living",] == 2

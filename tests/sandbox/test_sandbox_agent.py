@@ -77,9 +77,9 @@ def test_signals_to_the_agent_are_not_heard(service: Service) -> None:
 def test_killing_everybody_ends_commands_and_not_the_sandbox(service: Service) -> None:
     async def body(box: Sandbox) -> None:
         session = await box.session()
-        other = asyncio.create_task(box.exec("sleep 30"))
-        in_session = asyncio.create_task(session.run("sleep 30"))
-        await asyncio.sleep(0.2)
+        other = asyncio.create_task(box.exec("sleep 30 & echo >one; wait"))
+        in_session = asyncio.create_task(session.run("sleep 30 & echo >two; wait"))
+        await box.exec("until [ -e one ] && [ -e two ]; do sleep 0.05; done")
         if not service.isolated:
             # The agent is no first process there: the sandbox ends, and says so.
             with pytest.raises(SandboxLost, match="ended by itself"):

@@ -145,7 +145,7 @@ def test_a_sandbox_expires_without_its_service(kind: str, state_dir: Path) -> No
     async def main() -> None:
         with serving(kind, state_dir) as (killed, url):
             async with SandboxClient(url) as client:
-                box = await client.create(SandboxSpec(lifetime_s=1))
+                box = await client.create(SandboxSpec(lifetime_s=4))
                 session = await box.session()
                 await session.run(f"(setsid -f sleep {argument})")
                 killed.kill()

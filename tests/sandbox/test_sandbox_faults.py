@@ -32,7 +32,7 @@ from sandbox.client import (
     SandboxTooLarge,
     SandboxUnavailable,
 )
-from sandbox.errors import BY_KIND
+from sandbox.errors import BY_KIND, SandboxPaused
 from sandbox.service import embedded
 
 root_only = pytest.mark.skipif(os.getuid() != 0, reason="only root may mount and make groups")
@@ -268,13 +268,21 @@ def test_a_docker_daemon_that_goes_and_comes(
         service = embedded("docker", state_dir=state_dir)
         url = await asyncio.to_thread(service.__enter__)
         async with SandboxClient(url) as client:
-            box = await client.create()
+            box, still = await client.create(), await client.create()
+            await still.pause()
             await relay.cut()
             with pytest.raises(SandboxUnavailable) as refused:
                 await client.create()
             _is_a_fault(refused.value, "daemon does not answer")
             assert (await box.exec("echo on")).stdout == "on\n"
+            with pytest.raises(SandboxUnavailable):
+                await still.resume()
+            with pytest.raises(SandboxPaused):
+                await still.exec("true")
             await relay.start()
+            await still.resume()
+            assert (await still.exec("echo awake")).stdout == "awake\n"
+            await still.close()
             async with await client.create() as again:
                 assert (await again.exec("echo again")).stdout == "again\n"
             await box.close()
@@ -356,7 +364,7 @@ def test_a_time_of_day_that_jumps_while_no_service_is_there(state_dir: Path) -> 
 
     async def first(url: str) -> list[tuple[str, str]]:
         async with SandboxClient(url) as client:
-            short = SandboxSpec(lifetime_s=6)
+            short = SandboxSpec(lifetime_s=12)
             return [((await client.create()).id, (await client.create(short)).id) for _ in "+-"]
 
     async def second(url: str, pairs: list[tuple[str, str]]) -> None:

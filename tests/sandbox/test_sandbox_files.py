@@ -24,7 +24,7 @@ from sandbox.client import (
     SandboxSpec,
     SandboxTooLarge,
 )
-from sandbox.workspace import Workspace
+from sandbox.workspace import Workspace, remove_tree
 
 
 def test_a_written_file_is_the_commands_own(service: Service) -> None:
@@ -219,3 +219,31 @@ def test_any_tree_survives_packing(files: dict[str, bytes]) -> None:
         repacked = io.BytesIO()
         pack(target, repacked)
         assert repacked.getvalue() == archive.getvalue()
+
+
+def test_a_tree_of_any_depth_goes_and_is_too_deep_to_be_packed(tmp_path: Path) -> None:
+    root, outside = tmp_path / "root", tmp_path / "outside"
+    outside.mkdir()
+    (outside / "kept").write_text("kept")
+    root.mkdir()
+    (root / "link").symlink_to(outside)
+    place = os.open(root, os.O_RDONLY)
+    for _ in range(2000):
+        os.mkdir("d", 0o700, dir_fd=place)
+        os.symlink(outside, "out", dir_fd=place)
+        below = os.open("d", os.O_RDONLY, dir_fd=place)
+        os.fchmod(place, 0)
+        os.close(place)
+        place = below
+    os.close(place)
+    with pytest.raises(SandboxTooLarge, match="directories deep"):
+        pack(Workspace(root, owner=None, max_bytes=10**6), io.BytesIO())
+    remove_tree(root)
+    assert not root.exists() and (outside / "kept").read_text() == "kept"
+
+
+def test_links_without_end_are_too_large(tmp_path: Path) -> None:
+    for number in range(3000):
+        (tmp_path / f"{number}{'x' * 200}").symlink_to("y" * 200)
+    with pytest.raises(SandboxTooLarge, match="limit of 1000 bytes"):
+        pack(Workspace(tmp_path, owner=None, max_bytes=1000), io.BytesIO())

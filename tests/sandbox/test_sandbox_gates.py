@@ -105,10 +105,22 @@ def test_without_gates_an_end_is_an_end(service: Service) -> None:
     in_box(service.url, body)
 
 
+def test_two_ends_at_once_are_one(service: Service) -> None:
+    async def body(box: Sandbox) -> None:
+        running = asyncio.create_task(box.exec("touch runs; sleep 60"))
+        while b"runs" not in await box.download_tree():
+            pass
+        assert await asyncio.gather(box.end(), box.end()) == [None, None]
+        assert (await running).exit_code == 137
+        await _refused(box, SandboxEnded, "has ended")
+
+    in_box(service.url, body)
+
+
 def test_a_check_that_hangs_lets_nothing_else_in_meanwhile(service: Service) -> None:
     async def body(box: Sandbox) -> None:
         await box.arm(Gates((), "touch checking; sleep 60"))
-        ending = asyncio.create_task(box.end(timeout_s=1))
+        ending = asyncio.create_task(box.end(timeout_s=4))
         while b"checking" not in await box.download_tree():
             pass
         with pytest.raises(SandboxGated, match="being ended"):

@@ -127,7 +127,7 @@ def test_a_paused_sandbox_is_not_idle_but_expires(service: Service) -> None:
         assert (await client.log(box.id))[-1].facts["why"] == "idle"
 
     async def expires(client: SandboxClient) -> None:
-        box = await client.create(SandboxSpec(lifetime_s=3))
+        box = await client.create(SandboxSpec(lifetime_s=6))
         session = await box.session()
         await session.run(f"setsid -f sleep {argument}")
         await box.pause()

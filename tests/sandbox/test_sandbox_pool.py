@@ -82,7 +82,7 @@ def local(state_dir: Path) -> Backend:
 
 def test_none_waits_for_ever_and_the_kinds_asked_for_last_share(local: Backend) -> None:
     async def main() -> None:
-        async with _opened(local, pool=2, idle_s=1.0) as manager:
+        async with _opened(local, pool=2, idle_s=4.0) as manager:
             kinds = [SandboxSpec(limits=Limits(memory_mb=100 + n)) for n in range(3)]
             for kind in kinds:
                 await manager.create(new_id(), kind)

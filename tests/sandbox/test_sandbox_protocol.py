@@ -76,7 +76,8 @@ async def _line(directory: Path) -> tuple[DialledLink, _Agent]:
     link = DialledLink(directory, owner=None, max_payload=1000)
     agent = _Agent(directory)
     await agent.send(encode({"hello": 1}))
-    await link.connected(lambda pid: pid == os.getpid())
+    await link.listen(lambda pid: pid == os.getpid())
+    await link.dialled()
     return link, agent
 
 

@@ -12,7 +12,7 @@ import pytest
 from sandbox.api import SandboxInfo
 from sandbox.errors import SandboxUnavailable
 from sandbox.owner import Record
-from sandbox.spec import SandboxSpec
+from sandbox.spec import Gates, SandboxSpec
 from sandbox.store import Store
 
 INFO = SandboxInfo("sb-00000000", "local", "bubblewrap", 1.0, 2.0, SandboxSpec(labels={"a": "b"}))
@@ -41,6 +41,17 @@ def test_what_was_written_is_there_after_a_kill(tmp_path: Path) -> None:
         seen = store.events("sb-00000000", after=events[9].number, limit=2)
         assert [event.facts["command"] for event in seen] == ["10", "11"]
         assert store.events("sb-11111111", after=0, limit=9) == []
+
+
+def test_the_end_of_one_that_waited_takes_no_gates_of_who_took_its_place(tmp_path: Path) -> None:
+    store = Store(tmp_path / "store.db")
+    for box in ("sb-wait", "sb-fresh"):
+        store.write(box, Record(INFO, uid=1))
+    store.arm(INFO.id, Gates(("read me",)))
+    store.forget("sb-wait")
+    assert store.gates(INFO.id) == (Gates(("read me",)), set(), False)
+    store.forget("sb-fresh")
+    assert store.gates(INFO.id) is None
 
 
 _OPENING = """

@@ -19,5 +19,5 @@ def test_a_storm_of_kills_leaves_nothing_and_loses_no_result(backend: str, state
         state_dir, backend=backend, kills=15, sandboxes=8, seed=seed, gap_s=0.4, idle_s=10.0
     ).run()
     assert outcome.broken == [], outcome
-    assert sum(outcome.kills.values()) == 15 and len(outcome.kills) == 4
+    assert sum(outcome.kills.values()) == 15
     assert outcome.acknowledged > 15 and outcome.survivors > 0

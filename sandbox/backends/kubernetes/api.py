@@ -17,6 +17,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import aiohttp
+import yaml
 from kubernetes.aio.client import ApiClient, Configuration
 from kubernetes.aio.config import ConfigException, load_incluster_config, load_kube_config
 from kubernetes.aio.stream import WsApiClient
@@ -82,7 +83,7 @@ class Api:
                 load_incluster_config(configuration)
             else:
                 await load_kube_config(kubeconfig, client_configuration=configuration)
-        except (ConfigException, OSError) as error:
+        except (ConfigException, OSError, yaml.YAMLError, TypeError, KeyError, ValueError) as error:
             raise SandboxUnavailable(
                 f"kubeconfig: {error}; name a file that reaches the cluster."
             ) from None

@@ -15,13 +15,14 @@ from typing import Any
 from sandbox import owner
 from sandbox.agent.transfer import CHUNK
 from sandbox.api import SandboxInfo
-from sandbox.backends.base import Box
+from sandbox.backends.base import Box, clear
 from sandbox.backends.inheritance import inherit
 from sandbox.backends.kubernetes import pod as pods_of
 from sandbox.backends.kubernetes.api import Api, Conflict, Json
 from sandbox.backends.kubernetes.options import Options
 from sandbox.backends.kubernetes.pods import Pods, runs, why_pending
 from sandbox.backends.kubernetes.stream import StreamLink
+from sandbox.backends.removals import Removals
 from sandbox.errors import SandboxError, SandboxGone, SandboxLost, SandboxRefused
 from sandbox.files import LineFiles
 from sandbox.spec import MB, Isolation
@@ -91,6 +92,7 @@ class KubernetesBackend:
         self._state_dir = (state_dir or owner.default_state_dir()) / "kubernetes"
         self._durable = durable
         self._taken_over: list[Path] = []
+        self._removals = Removals()
         self.reaped = 0
         core = f"/api/v1/namespaces/{self._options.namespace}"
         self._pods_path, self._maps_path = f"{core}/pods", f"{core}/configmaps"
@@ -158,6 +160,7 @@ class KubernetesBackend:
 
     async def close(self) -> None:
         """Removes what the service itself has in the cluster and on this host."""
+        await self._removals.close()
         with suppress(SandboxError):
             await self.api.request("DELETE", f"{self._maps_path}/{self._map}")
         await self.pods.close()
@@ -230,9 +233,11 @@ class KubernetesBackend:
         return PodBox(record.info, workspace, link, close=close, prolong=prolong)
 
     async def _discard(self, directory: Path) -> None:
+        await self._removals.run(functools.partial(self._remove, directory))
+
+    async def _remove(self, directory: Path) -> None:
         await self._delete_pod(directory.name)
-        self.store.forget(directory.name)
-        await asyncio.to_thread(remove_tree, directory)
+        await clear(directory, self.store)
 
     async def _delete_pod(self, name: str) -> None:
         """Deletes a pod; returns when the cluster has forgotten it."""
