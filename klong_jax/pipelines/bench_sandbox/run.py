@@ -9,7 +9,7 @@ import asyncio
 import importlib.util
 import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from statistics import median
@@ -126,14 +126,14 @@ async def service(backend: str, pool: int) -> AsyncIterator[SandboxClient]:
 
 def run(repeats: int) -> None:
     """Prints a row a measure, once all are done."""
-    asyncio.run(_run(repeats))
-
-
-async def _run(repeats: int) -> None:
     there = {one.name for one in findings(_IMAGE) if one.found}
     ours = [name for name, needs in _NEEDS.items() if needs <= there]
     if not ours:
         raise UserError("what=sandbox: neither bubblewrap nor Docker works here; see klong doctor")
+    asyncio.run(_run(ours, repeats))
+
+
+async def _run(ours: Sequence[str], repeats: int) -> None:
     columns: dict[str, dict[str, float]] = {"limit": await measure(BareHost(), repeats)}
     for name in ours:
         async with service(name, pool=0) as client:
