@@ -12,6 +12,7 @@ import functools
 import threading
 from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import Future
+from contextlib import suppress
 from typing import Any, Concatenate, Generic, ParamSpec, Protocol, Self, TypeVar
 
 from sandbox.api import SandboxInfo
@@ -20,6 +21,8 @@ from sandbox.errors import SandboxRefused
 from sandbox.spec import SandboxSpec
 
 __all__ = ["SyncSandbox", "SyncSandboxClient", "SyncSession"]
+
+_SLICE_S = 0.2
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -60,10 +63,10 @@ class _LoopThread:
 
         self._loop.call_soon_threadsafe(begin)
         try:
-            done.result()
+            _await(done)
         except BaseException:
             self._loop.call_soon_threadsafe(lambda: tasks[0].cancel())
-            done.result()
+            _await(done)
             raise
         return tasks[0].result()
 
@@ -75,6 +78,14 @@ class _LoopThread:
     @property
     def is_alive(self) -> bool:
         return self._thread.is_alive()
+
+
+def _await(done: Future[Any]) -> None:
+    """Waits in slices: a Ctrl-C just before a wait begins would be heard only at its end."""
+    while True:
+        with suppress(TimeoutError):
+            done.result(_SLICE_S)
+            return
 
 
 class _Blocking(Generic[A]):
