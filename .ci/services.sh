@@ -1,6 +1,7 @@
 #!/bin/sh
 # Brings up what the tests need beside Python: bubblewrap, a Docker daemon with the sandbox image,
-# the engine of sandboxes' egress, and Redis. For Debian, as root, with or without systemd; running it again does no harm.
+# the engine of sandboxes' egress, and Redis. For Debian, as root, with or without systemd; running
+# it again does no harm.
 set -eu
 
 here=$(dirname "$(readlink -f "$0")")

@@ -9,7 +9,8 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from sandbox.api import SnapshotInfo
-from sandbox.backends.base import Backend, Box
+from sandbox.backends.base import Backend
+from sandbox.backends.box import Box
 from sandbox.errors import SandboxError, SandboxGone, SandboxRefused, SandboxTooLarge
 from sandbox.look import Look
 from sandbox.metrics import Metrics

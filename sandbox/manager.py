@@ -24,7 +24,8 @@ from sandbox.api import (
     SnapshotInfo,
     check_session,
 )
-from sandbox.backends.base import Backend, Box
+from sandbox.backends.base import Backend
+from sandbox.backends.box import Box
 from sandbox.checkpoints import Checkpoints
 from sandbox.egress.proxy import EgressProxy
 from sandbox.egress.settings import EgressSettings

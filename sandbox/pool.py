@@ -17,7 +17,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from sandbox.api import SandboxInfo, to_json
-from sandbox.backends.base import Backend, Box
+from sandbox.backends.base import Backend
+from sandbox.backends.box import Box
 from sandbox.errors import SandboxError
 from sandbox.spec import SandboxSpec, new_id
 

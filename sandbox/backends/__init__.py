@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from sandbox.backends.base import Backend, Box
+from sandbox.backends.base import Backend
+from sandbox.backends.box import Box
 from sandbox.backends.local import LocalBackend
 from sandbox.errors import SandboxUnavailable
 

@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
-from sandbox.backends.base import Freezer
+from sandbox.backends.box import Freezer
 from sandbox.errors import SandboxError, SandboxGone
 from sandbox.spec import MB, Limits
 

@@ -29,8 +29,6 @@ from sandbox.backends import disk, seccomp
 from sandbox.backends.base import (
     AGENT_DIR,
     LINE_DIR,
-    Box,
-    Freezer,
     agent_arguments,
     await_agent,
     clear,
@@ -40,6 +38,7 @@ from sandbox.backends.base import (
     open_workspace,
     shm_bytes,
 )
+from sandbox.backends.box import Box, Freezer
 from sandbox.backends.bubblewrap import ENV, users
 from sandbox.backends.inheritance import inherit
 from sandbox.backends.removals import Removals

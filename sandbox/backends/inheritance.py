@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from sandbox import owner
-from sandbox.backends.base import Box
+from sandbox.backends.box import Box
 from sandbox.errors import SandboxError
 from sandbox.store import Store
 from sandbox.workspace import remove_tree

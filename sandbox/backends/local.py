@@ -19,8 +19,6 @@ from sandbox.backends import bubblewrap, cgroups, disk
 from sandbox.backends.base import (
     AGENT_DIR,
     LINE_DIR,
-    Box,
-    Freezer,
     agent_arguments,
     await_agent,
     clear,
@@ -30,6 +28,7 @@ from sandbox.backends.base import (
     open_workspace,
     shm_bytes,
 )
+from sandbox.backends.box import Box, Freezer
 from sandbox.backends.inheritance import inherit
 from sandbox.backends.processes import Members, kill_all
 from sandbox.backends.removals import Removals

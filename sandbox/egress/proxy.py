@@ -22,7 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sandbox.backends.base import LINE_DIR, Box
+from sandbox.backends.base import LINE_DIR
+from sandbox.backends.box import Box
 from sandbox.dialled import DialledLink, listen
 from sandbox.egress import engine_path, install
 from sandbox.egress.settings import CERTIFICATE, EgressSettings

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from sandbox.agent.results import Results
 from sandbox.api import ExecRequest, SandboxInfo
-from sandbox.backends.base import Box
+from sandbox.backends.box import Box
 from sandbox.dialled import DialledLink
 from sandbox.errors import SandboxError, SandboxGone, SandboxLost, SandboxRefused
 from sandbox.files import HostFiles

@@ -15,7 +15,8 @@ from typing import Any
 from sandbox import owner
 from sandbox.agent.transfer import CHUNK
 from sandbox.api import SandboxInfo
-from sandbox.backends.base import Box, clear
+from sandbox.backends.base import clear
+from sandbox.backends.box import Box
 from sandbox.backends.inheritance import inherit
 from sandbox.backends.kubernetes import pod as pods_of
 from sandbox.backends.kubernetes.api import Api, Conflict, Json
